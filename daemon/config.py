@@ -1,0 +1,185 @@
+"""The configuration: one TOML file plus environment overrides, validated as a whole.
+
+Owns every setting, its default and its bounds. Environment variables are `REELD_` plus the path of the field with
+`__` between its parts (`REELD_BROKER__URL`); `REELD_AMQP_URL` is short for `REELD_BROKER__URL`. The environment
+is read here, once. Leaves out the job's own fields (`daemon.job`) and the model profiles (`parallel.profile`).
+"""
+
+import os
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from daemon.errors import ConfigError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BrokerConfig(Section):
+    """Where the broker is and how patient to be with it."""
+
+    url: str = Field("amqp://guest:guest@127.0.0.1:5672/%2F", description="amqp:// or amqps:// URL", repr=False)
+    url_file: Path | None = Field(None, description="file that holds the URL; wins over `url` (LoadCredential)")
+    ca_file: Path | None = None
+    prefix: Name = Field("reeld", description="prefix of every exchange and queue")
+    heartbeat_seconds: int = Field(30, ge=5, le=600)
+    connect_timeout_seconds: float = Field(10, gt=0, le=120)
+    confirm_timeout_seconds: float = Field(30, gt=0, le=600)
+    backoff_initial_seconds: float = Field(0.5, gt=0, le=60)
+    backoff_max_seconds: float = Field(30, gt=0, le=600)
+    prefetch_count: int = Field(
+        2, ge=1, le=2, description="2: the next job's denoising overlaps the last job's encoding; 1: strictly fair"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_amqp(cls, value: str) -> str:
+        if not value.startswith(("amqp://", "amqps://")):
+            raise ValueError("must start with amqp:// or amqps://")
+        return value
+
+    def resolved_url(self) -> str:
+        """The URL to connect to. Raises ConfigError when `url_file` cannot be read."""
+        if self.url_file is None:
+            return self.url
+        try:
+            url = self.url_file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"broker.url_file {self.url_file}: {error.strerror}") from error
+        if not url.startswith(("amqp://", "amqps://")):
+            raise ConfigError(f"broker.url_file {self.url_file}: holds no amqp:// or amqps:// URL")
+        return url
+
+
+class TopologyConfig(Section):
+    apply: bool = Field(False, description="`reeld run` declares the topology itself")
+    delivery_limit: int = Field(3, ge=1, le=100)
+    retry_delays_seconds: tuple[Annotated[int, Field(ge=1, le=86400)], ...] = (10, 60, 300)
+    max_length: int | None = Field(None, ge=1, description="most jobs that may wait; more are refused")
+    unrouted_max_length: int = Field(10_000, ge=1)
+
+
+class ModelConfig(Section):
+    profile: str = Field(description="name of a shipped profile, or the path of a TOML file")
+    path: Path = Field(description="folder with the model's files")
+
+
+class InputsConfig(Section):
+    schemes: tuple[Literal["file", "https", "http", "data"], ...] = ("https", "data")
+    roots: tuple[Path, ...] = Field((), description="folders that file: URIs may point into")
+    allow_private_addresses: bool = False
+    max_bytes: int = Field(32 * 1024 * 1024, ge=1)
+    max_pixels: int = Field(50_000_000, ge=1)
+    timeout_seconds: float = Field(60, gt=0)
+
+
+class OutputConfig(Section):
+    directory: Path = Path("/var/lib/reeld/output")
+    crf: int = Field(18, ge=0, le=51, description="x264's constant rate factor; 0 is lossless")
+
+
+class LimitsConfig(Section):
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_prompt_characters: int = Field(4000, ge=1)
+    max_pixels_per_frame: int = Field(1280 * 1280, ge=256)
+    max_num_frames: int = Field(241, ge=1)
+    max_num_inference_steps: int = Field(200, ge=1)
+    time_limit_seconds: float = Field(1700, gt=0, description="default and ceiling of a job's own time limit")
+    generate_attempts: int = Field(2, ge=1, le=10)
+    io_attempts: int = Field(4, ge=1, le=20)
+    drain_seconds: float = Field(1800, ge=0)
+    outcome_grace_seconds: float = Field(20, gt=0)
+
+
+class LogConfig(Section):
+    format: Literal["auto", "json", "console"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(BaseSettings):
+    """Everything `reeld run` needs to know. Frozen; built once by `load_config`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="REELD_", env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    pool: Name | None = Field(None, description="what this daemon makes; by default the first model's profile")
+    worker_id: Name = Field(default_factory=lambda: socket.gethostname().replace("_", "-") or "worker")
+    nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    heartbeat_seconds: float = Field(5, gt=0, le=60)
+    work_directory: Path = Field(Path("/var/lib/reeld/work"), description="staged inputs; shared between nodes")
+    broker: BrokerConfig = BrokerConfig()
+    topology: TopologyConfig = TopologyConfig()
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    inputs: InputsConfig = InputsConfig()
+    output: OutputConfig = OutputConfig()
+    limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _ladder_is_rising(self) -> "Config":
+        delays = self.topology.retry_delays_seconds
+        if list(delays) != sorted(set(delays)):
+            raise ValueError("topology.retry_delays_seconds must rise")
+        return self
+
+    @property
+    def pool_name(self) -> str:
+        """The pool: `pool`, or the first model's profile name (a path's stem)."""
+        if self.pool:
+            return self.pool
+        profile = self.models[0].profile
+        return Path(profile).stem if profile.endswith(".toml") else profile
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The file's values come as init arguments; what the environment says wins over them.
+        return env_settings, init_settings
+
+
+def load_config(path: Path | None) -> Config:
+    """Reads and validates the whole configuration.
+
+    Raises ConfigError with every fault, one a line, each with the path of its field.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; give the path of reeld's TOML file with --config") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    short = os.environ.get("REELD_AMQP_URL")
+    if short and "REELD_BROKER__URL" not in os.environ:
+        broker = values.setdefault("broker", {})
+        if isinstance(broker, dict):
+            broker["url"] = short
+    try:
+        return Config(**values)
+    except pydantic.ValidationError as error:
+        where = path or "environment"
+        faults = "\n".join(
+            f"{where}: {'.'.join(str(part) for part in fault['loc']) or '(whole)'}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_input=False)
+        )
+        raise ConfigError(faults) from error

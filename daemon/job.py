@@ -1,0 +1,170 @@
+"""A job: one JSON message, parsed at the edge into a frozen model.
+
+Owns the versioned schema `reeld.job/1` and its strict validation; a wrong field is named by its path. Leaves out
+what depends on the daemon's models and limits (`daemon.planning`).
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from daemon.errors import ErrorCode, PermanentJobError
+
+SCHEMA = "reeld.job/1"
+JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Parameters(_Message):
+    """Generation parameters in DiffSynth's spellings; what is absent takes the model profile's default."""
+
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    height: int | None = Field(None, ge=16, le=4096, description="pixels; rounded up to the model's multiple")
+    width: int | None = Field(None, ge=16, le=4096, description="pixels; rounded up to the model's multiple")
+    num_frames: int | None = Field(None, ge=1, le=1025, description="frames; rounded up to 4n+1")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    cfg_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
+    sigma_shift: float | None = Field(None, gt=0, le=50, allow_inf_nan=False)
+
+
+class Inputs(_Message):
+    input_image: str | None = Field(None, min_length=1, description="URI of the first frame (image_to_video)")
+
+
+class Output(_Message):
+    fps: int | None = Field(None, ge=1, le=120, description="frames per second of the video file")
+
+
+class JobMessage(_Message):
+    """The body of a job message."""
+
+    schema_: Literal["reeld.job/1"] = Field(alias="schema")
+    job_id: JobId | None = Field(None, description="may come from the AMQP message_id instead")
+    task: Literal["text_to_video", "image_to_video"]
+    prompt: str
+    negative_prompt: str | None = None
+    parameters: Parameters = Parameters()
+    inputs: Inputs = Inputs()
+    loras: tuple[dict[str, Any], ...] = Field((), max_length=0, description="not supported yet: must be empty")
+    output: Output = Output()
+    time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    metadata: dict[str, Any] = Field(default_factory=dict, description="echoed back in every event")
+
+
+class Job(BaseModel):
+    """A valid job, together with what AMQP said about it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    message: JobMessage
+    request_digest: str
+    attempt: int
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
+
+
+def job_json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a job message, from the model the daemon validates with."""
+    schema = JobMessage.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}
+
+
+def parse_job_message(body: bytes, *, max_body_bytes: int) -> JobMessage:
+    """Parses and validates a message body.
+
+    Raises PermanentJobError(malformed_job), whose `path` is the first wrong field and whose message lists all.
+    """
+    if len(body) > max_body_bytes:
+        raise _malformed(f"the body has {len(body)} bytes; at most {max_body_bytes} are read", path="")
+    try:
+        document = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise _malformed(f"the body is not UTF-8: byte {error.start}", path="") from error
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"the body is not JSON: {error}", path="") from error
+    if not isinstance(document, dict):
+        raise _malformed("the body must be one JSON object", path="")
+    try:
+        # Strict Python-mode validation would refuse JSON arrays for tuples, so validate as JSON.
+        return JobMessage.model_validate_json(json.dumps(document), by_alias=True)
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        paths = [".".join(str(part) for part in fault["loc"]) for fault in faults]
+        text = "; ".join(f"{path}: {fault['msg']}" for path, fault in zip(paths, faults, strict=True))
+        raise _malformed(text[:2000], path=paths[0]) from error
+
+
+def request_digest(message: JobMessage) -> str:
+    """SHA-256 of what was asked for: two messages with one digest ask for the same video."""
+    asked = message.model_dump(mode="json", by_alias=True, exclude={"job_id", "metadata"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def make_job(
+    message: JobMessage,
+    *,
+    message_id: str | None,
+    attempt: int = 1,
+    reply_to: str | None = None,
+    correlation_id: str | None = None,
+    traceparent: str | None = None,
+) -> Job:
+    """Joins body and AMQP properties. Raises PermanentJobError(malformed_job) when there is no usable job_id."""
+    job_id = message.job_id or message_id
+    if job_id is None:
+        raise _malformed(
+            "neither job_id nor the AMQP message_id is set; without one a redelivery cannot be recognised",
+            path="job_id",
+        )
+    if not is_job_id(job_id):
+        raise _malformed(f"message_id must match {JOB_ID_PATTERN}", path="message_id")
+    return Job(
+        job_id=job_id,
+        message=message,
+        request_digest=request_digest(message),
+        attempt=attempt,
+        reply_to=reply_to,
+        correlation_id=correlation_id,
+        traceparent=traceparent,
+    )
+
+
+def salvage_job_id(body: bytes, message_id: str | None) -> str | None:
+    """The id a malformed job meant, so that its publisher hears of the failure; None when there is none."""
+    try:
+        document = json.loads(body)
+        job_id = document.get("job_id") if isinstance(document, dict) else None
+    except (ValueError, RecursionError):
+        job_id = None
+    for candidate in (job_id, message_id):
+        if isinstance(candidate, str) and is_job_id(candidate):
+            return candidate
+    return None
+
+
+_ID_ADAPTER: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(JobId)
+
+
+def is_job_id(text: str) -> bool:
+    try:
+        _ID_ADAPTER.validate_python(text)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _malformed(message: str, *, path: str) -> PermanentJobError:
+    return PermanentJobError(ErrorCode.MALFORMED_JOB, message, path=path or "(body)")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

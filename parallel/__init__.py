@@ -1,0 +1,1 @@
+"""What every rank does: join, load, generate. The only package that imports torch, diffsynth and xfuser."""

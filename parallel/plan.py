@@ -1,0 +1,114 @@
+"""The plan of one generation: everything random or time-dependent already resolved.
+
+Owns the closed vocabulary that rank 0 sends to the peers and gets back from them: `GenerationPlan`, the
+commands `Generate` and `Shutdown`, and `Outcome`. All of it is small JSON, never a pickle. Leaves out how it
+travels (`parallel.world`) and what is done with it (`parallel.engine`). Imports no torch, so that the command
+line can use it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlan:
+    """What every rank needs to generate one job, and nothing else.
+
+    The names are DiffSynth's own arguments of `WanVideoPipeline.__call__`. `height`, `width` and `num_frames`
+    are already rounded as DiffSynth rounds them; `seed` is never absent, because with `seed=None` every rank
+    would draw noise of its own.
+    """
+
+    job_id: str
+    attempt: int
+    task: str
+    model: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    cfg_scale: float
+    sigma_shift: float
+    switch_boundary: float
+    input_image: str | None
+    time_limit_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Command: every rank generates this plan."""
+
+    plan: GenerationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Command: every rank leaves and exits 0."""
+
+    reason: str
+
+
+Command = Generate | Shutdown
+
+
+def encode_command(command: Command) -> bytes:
+    """Encodes a command as JSON, UTF-8."""
+    match command:
+        case Generate(plan=plan):
+            message = {"command": "generate", "plan": asdict(plan)}
+        case Shutdown(reason=reason):
+            message = {"command": "shutdown", "reason": reason}
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
+def decode_command(data: bytes) -> Command:
+    """Decodes `encode_command`'s bytes. Raises ValueError on an unknown command (ranks of two versions)."""
+    message = json.loads(data)
+    match message.get("command"):
+        case "generate":
+            return Generate(plan=GenerationPlan(**message["plan"]))
+        case "shutdown":
+            return Shutdown(reason=message["reason"])
+        case other:
+            raise ValueError(f"unknown command {other!r}: are all ranks of one version of reeld?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one rank's part of a job ended. `code` is None when it went well."""
+
+    rank: int
+    code: str | None = None
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.code is None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Outcome":
+        return Outcome(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelDegrees:
+    """How one generation is split: `ulysses_degree == world_size` (CFG and ring splits are not offered yet)."""
+
+    world_size: int
+    ulysses_degree: int
+
+
+def resolve_degrees(*, world_size: int, num_heads: int) -> ParallelDegrees:
+    """Degrees for a model on a world. Raises ValueError, with every factor, when they cannot work."""
+    if num_heads % world_size:
+        raise ValueError(
+            f"ulysses_degree {world_size} (= world_size {world_size}) does not divide num_heads {num_heads}: "
+            f"use a number of ranks out of {[n for n in range(1, num_heads + 1) if num_heads % n == 0]}"
+        )
+    return ParallelDegrees(world_size=world_size, ulysses_degree=world_size)
