@@ -1,0 +1,141 @@
+"""Generating one plan on every rank.
+
+Owns the call of DiffSynth's pipeline: its arguments, the hook into its denoising loop (progress, stopping at the
+same step on every rank), and turning what went wrong into an outcome. Leaves out who decides to stop
+(`daemon.coordinator`) and what becomes of the frames (`daemon.video`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from parallel.attention import check_sequence
+from parallel.model import LoadedModel
+from parallel.plan import GenerationPlan, Outcome
+from parallel.world import World
+
+
+class Stop(IntEnum):
+    """Rank 0's decision before a step, applied by every rank."""
+
+    NO = 0
+    CANCELLED = 1
+    TIME_LIMIT_EXCEEDED = 2
+    HAND_BACK = 3
+
+
+class StoppedError(Exception):
+    """Raised on every rank, at the same step, when rank 0 decided to stop."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.name.lower())
+        self.stop = stop
+
+
+class NonFiniteError(Exception):
+    """Raised when the frames hold a NaN or an infinity."""
+
+
+# progress(phase, step, steps) on every rank; decide() on rank 0 alone.
+Progress = Callable[[str, int, int], None]
+Decide = Callable[[], Stop]
+
+
+def generate_frames(
+    plan: GenerationPlan, model: LoadedModel, world: World, *, progress: Progress, decide: Decide
+) -> torch.Tensor | None:
+    """Called by every rank. Frames on rank 0, None on the peers.
+
+    Returns (num_frames, height, width, 3) of floats in [-1, 1], on the CPU: DiffSynth's own output before it is
+    quantised. Raises StoppedError on every rank alike, and whatever DiffSynth and torch raise.
+    """
+    pipeline = model.pipeline
+    _check_length(plan, model, world)
+    progress("encode", 0, plan.num_inference_steps)
+
+    def denoising(timesteps: Iterable[Any]) -> Iterator[Any]:
+        steps = plan.num_inference_steps
+        for step, timestep in enumerate(timesteps):
+            stop = Stop(world.broadcast_flag(decide() if world.rank == 0 else 0))
+            if stop is not Stop.NO:
+                raise StoppedError(stop)
+            progress("denoise", step, steps)
+            yield timestep
+        progress("decode", steps, steps)
+
+    image = None
+    if plan.input_image is not None:
+        with Image.open(plan.input_image) as opened:
+            image = opened.convert("RGB")
+    with torch.inference_mode():
+        video = pipeline(
+            prompt=plan.prompt,
+            negative_prompt=plan.negative_prompt,
+            input_image=image,
+            seed=plan.seed,
+            rand_device="cpu",
+            height=plan.height,
+            width=plan.width,
+            num_frames=plan.num_frames,
+            num_inference_steps=plan.num_inference_steps,
+            cfg_scale=plan.cfg_scale,
+            sigma_shift=plan.sigma_shift,
+            switch_DiT_boundary=plan.switch_boundary,
+            progress_bar_cmd=denoising,
+            output_type="floatpoint",
+        )
+    if video is None:
+        return None
+    frames = video[0].permute(1, 2, 3, 0).float().cpu()
+    if not bool(torch.isfinite(frames).all()):
+        raise NonFiniteError(f"the frames hold NaN or infinity (dtype {pipeline.torch_dtype})")
+    return frames
+
+
+def quantise(frame: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """One frame as uint8, (height, width, 3), by the arithmetic of DiffSynth's `vae_output_to_image`."""
+    return ((frame + 1) * 127.5).clip(0, 255).to(torch.uint8).numpy()
+
+
+def outcome_of(error: BaseException | None, rank: int) -> Outcome:
+    """The outcome of a generation that raised `error`, or of one that went well."""
+    match error:
+        case None:
+            return Outcome(rank=rank)
+        case StoppedError(stop=stop):
+            return Outcome(rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}")
+        case torch.OutOfMemoryError() | MemoryError():
+            return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
+        case _:
+            return Outcome(rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def memory_bytes(device: torch.device) -> dict[str, int]:
+    """Memory this rank uses and holds on its device; on the CPU, the process's resident set."""
+    if device.type == "cuda":
+        return {
+            "memory_used_bytes": torch.cuda.memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+        }
+    with open("/proc/self/statm") as statm:
+        resident = int(statm.read().split()[1]) * 4096
+    return {"memory_used_bytes": resident, "memory_reserved_bytes": resident}
+
+
+def _check_length(plan: GenerationPlan, model: LoadedModel, world: World) -> None:
+    if world.world_size == 1:
+        return
+    factor = model.pipeline.vae.upsampling_factor
+    patch = model.pipeline.dit.patch_size
+    latent_frames = (plan.num_frames - 1) // 4 + 1
+    num_tokens = math.prod((latent_frames // patch[0], plan.height // factor // patch[1], plan.width // factor // patch[2]))
+    check_sequence(num_tokens=num_tokens, world_size=world.world_size)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:500]

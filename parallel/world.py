@@ -1,0 +1,218 @@
+"""Joining the other ranks: device, process groups, the control group's commands and the gathered outcomes.
+
+Owns everything that exists once a process: the bound device, the default group (NCCL, or gloo on CPU) for tensors,
+xfuser's groups (DiffSynth's Wan code asks xfuser for them), the gloo control group for commands, and the store for
+outcomes and health. Leaves out the model (`parallel.model`) and the generation (`parallel.engine`).
+
+With one rank there is no group, and every call here answers at once: the callers are the same.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.plan import Command, Outcome, decode_command, encode_command
+
+# How long a peer may wait for the next command. Idle peers wait in gloo, never inside an NCCL collective: that
+# would hold the GPU at 100 % and die of the NCCL watchdog after minutes of an empty queue.
+IDLE_TIMEOUT = timedelta(days=365)
+JOIN_TIMEOUT = timedelta(minutes=10)
+TENSOR_TIMEOUT = timedelta(minutes=30)
+
+
+class OutcomesMissingError(Exception):
+    """Raised when some rank did not report its outcome in time; `ranks` are those that did not."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"no outcome from rank(s) {', '.join(map(str, ranks))}")
+        self.ranks = ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What torchrun says in the environment; a plain `python -m daemon` is a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    restart_count: int
+
+
+def read_launch() -> Launch:
+    """Reads torchrun's environment variables."""
+    return Launch(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+class World:
+    """The ranks of one process group, seen from one of them. Built by `join`, ended by `leave`."""
+
+    def __init__(self, launch: Launch, device: torch.device, store: dist.Store, control: Any) -> None:
+        self.launch = launch
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.device = device
+        self._control = control
+        self._outcomes = dist.PrefixStore("reeld/outcome", store)
+        self._sequence = 0
+
+    def broadcast_command(self, command: Command | None = None) -> Command:
+        """Called by every rank. Rank 0 gives the command, the peers wait for it. Returns it on every rank.
+
+        Raises RuntimeError (from gloo) when another rank is gone.
+        """
+        data = encode_command(command) if command is not None else b""
+        self._sequence += 1
+        if self.world_size == 1:
+            return decode_command(data)
+        size = torch.tensor([len(data)], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self._control)
+        payload = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if self.rank == 0
+            else torch.empty(int(size.item()), dtype=torch.uint8)
+        )
+        dist.broadcast(payload, src=0, group=self._control)
+        return decode_command(payload.numpy().tobytes())
+
+    def broadcast_flag(self, flag: int = 0) -> int:
+        """Called by every rank, at the same step. Returns rank 0's flag; a few bytes over gloo."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor([flag], dtype=torch.int64)
+        dist.broadcast(tensor, src=0, group=self._control)
+        return int(tensor.item())
+
+    def report_outcome(self, outcome: Outcome) -> None:
+        """Tells the other ranks how this rank's part of the last command ended; waits for nobody."""
+        self._outcomes.set(self._outcome_key(self.rank), outcome.to_json())
+
+    def gather_outcomes(self, *, grace_seconds: float) -> list[Outcome]:
+        """Waits until every rank has reported on the last command; by rank.
+
+        Not a collective: a rank that is stuck or dead must not hold up the one that asks. Raises
+        OutcomesMissingError after `grace_seconds`.
+        """
+        keys = [self._outcome_key(rank) for rank in range(self.world_size)]
+        try:
+            self._outcomes.wait(keys, timedelta(seconds=grace_seconds))
+        except (RuntimeError, dist.DistError) as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._outcomes.check([key])]
+            raise OutcomesMissingError(missing or list(range(self.world_size))) from error
+        outcomes = [Outcome.from_json(self._outcomes.get(key)) for key in keys]
+        if self.rank == 0 and self._sequence > 1:
+            # Kept for one more command, so that no slower reader misses them, and then dropped: memory stays flat.
+            for rank in range(self.world_size):
+                self._outcomes.delete_key(f"{self._sequence - 1}/{rank}")
+        return outcomes
+
+    def leave(self) -> None:
+        """Called by every rank, after the last command."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _outcome_key(self, rank: int) -> str:
+        return f"{self._sequence}/{rank}"
+
+
+class HealthBoard:
+    """What every rank last said of itself, in the store; over a connection of its own, for the health threads."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._world_size = launch.world_size
+        self._rank = launch.rank
+        self._lock = threading.Lock()
+        store: dist.Store
+        if launch.world_size == 1:
+            store = dist.HashStore()
+        else:
+            # The ranks' main store may be held by a blocking wait of the main thread.
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOIN_TIMEOUT
+            )
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        self._store = dist.PrefixStore(f"reeld/health/{run}/{launch.restart_count}", store)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Says how this rank is. Raises RuntimeError when the store is gone."""
+        with self._lock:
+            self._store.set(str(self._rank), json.dumps(record))
+
+    def read_all(self) -> list[dict[str, Any] | None]:
+        """Every rank's last record, by rank; None for a rank that has not written yet."""
+        records: list[dict[str, Any] | None] = []
+        with self._lock:
+            for rank in range(self._world_size):
+                key = str(rank)
+                records.append(json.loads(self._store.get(key)) if self._store.check([key]) else None)
+        return records
+
+
+def pick_device(kind: str, local_rank: int) -> torch.device:
+    """The device of a local rank; `kind` is auto, cpu or cuda. Raises ValueError when there is no such GPU."""
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu")
+    return torch.device("cuda", local_rank)
+
+
+def join(launch: Launch, *, device_kind: str) -> World:
+    """Called by every rank. Binds the device first, then joins the groups.
+
+    Raises ValueError when the device is not there, RuntimeError when the other ranks do not come.
+    """
+    device = pick_device(device_kind, launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before any group or tensor exists
+    if launch.world_size == 1:
+        return World(launch, device, dist.HashStore(), None)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size))
+    store.set_timeout(JOIN_TIMEOUT)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default", store), rank=rank, world_size=world_size, timeout=TENSOR_TIMEOUT
+    )
+    control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+    _join_xfuser(launch, backend)
+    return World(launch, device, dist.PrefixStore(f"restart/{launch.restart_count}", store), control)
+
+
+def _join_xfuser(launch: Launch, backend: str) -> None:
+    import xfuser.envs
+
+    if not torch.cuda.is_available():
+        # xfuser decides by the build of torch, not by whether a GPU is there, and would bind a CUDA device.
+        xfuser.envs._is_cuda = lambda: False
+    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
+
+    init_distributed_environment(
+        rank=launch.rank, world_size=launch.world_size, local_rank=launch.local_rank, backend=backend
+    )
+    initialize_model_parallel(
+        sequence_parallel_degree=launch.world_size,
+        ulysses_degree=launch.world_size,
+        ring_degree=1,
+        backend=backend,
+    )
+
+
+@contextlib.contextmanager
+def joined(launch: Launch, *, device_kind: str) -> Iterator[World]:
+    """`join` and `leave` around a block; a block that raises leaves without waiting for the others."""
+    world = join(launch, device_kind=device_kind)
+    yield world
+    world.leave()
