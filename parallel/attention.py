@@ -38,7 +38,9 @@ def _ulysses_forward(self: torch.nn.Module, x: torch.Tensor, freqs: torch.Tensor
     """
     from xfuser.core.distributed import get_sp_group
 
-    group = get_sp_group().ulysses_group
+    # The ring degree is 1, so the sequence-parallel group is the Ulysses group; xfuser makes the latter only
+    # where yunchang finds a GPU.
+    group = get_sp_group().device_group
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     batch, slice_length, dim = x.shape
     num_tokens = freqs.shape[0]

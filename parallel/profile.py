@@ -1,36 +1,24 @@
 """A model profile names the parts of a model; a model folder is a directory that has them.
 
 Owns the TOML format of profiles, the built-in profiles, and the check of a folder against its profile: every
-file there, whole, a safetensors file, and with the tensor names and shapes that the profile's hash stands for.
-Only headers are read, so a 28 GB folder is checked in milliseconds and without torch. Leaves out loading the
-weights (`parallel/` modules that import DiffSynth) and whether the numbers in the files are good ones.
+file there, whole, a safetensors file, and with the tensor names and shapes that the profile's hash stands
+for. Only headers are read, so a 28 GB folder is checked in milliseconds and without torch. Leaves out loading
+the weights (`parallel/` modules that import DiffSynth) and whether the numbers in the files are good ones.
 """
 
-import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from parallel.layouts import Layout, LayoutError, hash_layout, read_layout
+
 TASKS = ("text_to_video", "image_to_video")
 ROLES = ("dit", "dit_high_noise", "dit_low_noise", "text_encoder", "vae", "image_encoder")
 DIT_ROLES = (("dit",), ("dit_high_noise", "dit_low_noise"))
-
-# The limit of the safetensors library itself; a larger length means that the file is something else.
-_HEADER_LIMIT_BYTES = 100_000_000
-# Bits an element: https://github.com/huggingface/safetensors, `Dtype::bitsize`, without the sub-byte formats
-# that no Wan checkpoint uses.
-_DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-
-Shape = tuple[int, ...]
 
 
 class ModelFolderError(Exception):
@@ -41,7 +29,7 @@ class ModelFolderError(Exception):
 class ModelPart:
     """One model of the pipeline: a checkpoint of one or several safetensors files.
 
-    `model_hash` is DiffSynth's `hash_model_file` over the files together. `source` says where they are published.
+    `model_hash` is DiffSynth's `hash_model_file` over the files together. `source`: where to get them.
     """
 
     role: str
@@ -68,8 +56,8 @@ class GenerationDefaults:
 class ModelProfile:
     """What a model is made of and what it can do.
 
-    `parts` are in the order in which they are loaded: DiffSynth takes the first DiT for the high noise levels.
-    `switch_boundary` is the fraction of the noise schedule below which the second expert takes over.
+    `parts` are in the order in which they are loaded: DiffSynth takes the first DiT for the high noise
+    levels. `switch_boundary` is the fraction of the noise schedule below which the second expert takes over.
     """
 
     name: str
@@ -97,7 +85,9 @@ class ModelFiles:
 def builtin_profile_names() -> list[str]:
     """The names that `load_profile` knows without a file, sorted."""
     folder = resources.files("parallel") / "profiles"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_profile(name_or_path: str) -> ModelProfile:
@@ -108,12 +98,16 @@ def load_profile(name_or_path: str) -> ModelProfile:
     names = builtin_profile_names()
     try:
         if name_or_path in names:
-            text = (resources.files("parallel") / "profiles" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+            text = (resources.files("parallel") / "profiles" / f"{name_or_path}.toml").read_text(
+                encoding="utf-8"
+            )
         elif name_or_path.endswith(".toml"):
             text = Path(name_or_path).read_text(encoding="utf-8")
         else:
             known = ", ".join(names)
-            raise ValueError(f"profile {name_or_path!r} is unknown: give one of {known}, or the path of a .toml file")
+            raise ValueError(
+                f"profile {name_or_path!r} is unknown: give one of {known}, or the path of a .toml file"
+            )
         return _profile(_Table(tomllib.loads(text), f"profile {name_or_path}"))
     except OSError as error:
         raise ValueError(f"profile {name_or_path}: cannot be read: {error.strerror}") from error
@@ -124,80 +118,28 @@ def load_profile(name_or_path: str) -> ModelProfile:
 def check_model_folder(profile: ModelProfile, folder: Path) -> ModelFiles:
     """Find every file of `profile` under `folder` and check it by its header.
 
-    Raises `ModelFolderError` at the first file that is missing, truncated, not safetensors or of another model.
+    Raises `ModelFolderError` at the first file that is missing, truncated or of another model.
     """
     folder = folder.absolute()
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: no such folder; it should hold the files of the profile {profile.name}")
+        raise ModelFolderError(
+            f"{folder}: no such folder; it should hold the files of the profile {profile.name}"
+        )
     paths = {part.role: tuple(folder / name for name in part.files) for part in profile.parts}
-    for part in profile.parts:
-        _check_present(part, paths[part.role])
-    for part in profile.parts:
-        _check_layout(profile, part, paths[part.role])
     tokenizer = folder / profile.tokenizer
-    _check_tokenizer(profile, tokenizer)
-    return ModelFiles(profile=profile, folder=folder, paths=paths, tokenizer=tokenizer)
-
-
-def hash_layout(layout: Mapping[str, Shape]) -> str:
-    """DiffSynth's hash of a checkpoint: md5 over its sorted tensor names, each with and without its shape.
-
-    The same value as `diffsynth.core.loader.file.hash_model_file` (2.1.12), without opening the file by torch.
-    """
-    words = [word for name, shape in layout.items() for word in (f"{name}:{'_'.join(map(str, shape))}", name)]
-    return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
-
-
-def read_layout(path: Path) -> dict[str, Shape]:
-    """Names and shapes of the tensors of a safetensors file, after checking that all their bytes are there.
-
-    The format: https://huggingface.co/docs/safetensors/index#format. Raises `ModelFolderError`.
-    """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            # The length is checked before it is read: in another kind of file these bytes can mean exabytes.
-            if size < 8 or not 2 <= header_bytes <= _HEADER_LIMIT_BYTES:
-                raise ModelFolderError(f"{path}: not a safetensors file; reeld loads safetensors only")
-            if size < 8 + header_bytes:
-                raise ModelFolderError(f"{path}: truncated within its header; copy or download it again")
-            raw = file.read(header_bytes)
+        for part in profile.parts:
+            _check_present(part, paths[part.role])
+        for part in profile.parts:
+            _check_layout(profile, part, paths[part.role])
+        _check_tokenizer(profile, tokenizer)
     except OSError as error:
-        raise ModelFolderError(f"{path}: cannot be read ({error.strerror}); make it readable for reeld") from error
-    try:
-        tensors = list(_header_tensors(json.loads(raw)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelFolderError(f"{path}: not a safetensors file; reeld loads safetensors only") from error
-    expected = 8 + header_bytes + max((end for _, _, end in tensors), default=0)
-    if size != expected:
-        fault = "truncated" if size < expected else "too long"
-        raise ModelFolderError(f"{path}: {fault}, {size} bytes instead of {expected}; copy or download it again")
-    return {name: shape for name, shape, _ in tensors}
-
-
-def _header_tensors(header: dict[str, dict[str, object]]) -> Iterator[tuple[str, Shape, int]]:
-    """Name, shape and end offset of each tensor. Raises one of several built-in errors for a malformed header."""
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        shape = tuple(_count(n) for n in _list(entry["shape"]))
-        begin, end = (_count(n) for n in _list(entry["data_offsets"]))
-        if end - begin != math.prod(shape) * _DTYPE_BYTES[str(entry["dtype"])]:
-            raise ValueError(f"{name}: the bytes do not fit the shape")
-        yield name, shape, end
-
-
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError("not a list")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError("not a count")
-    return value
+        raise ModelFolderError(
+            f"{error.filename}: cannot be read ({error.strerror}); give reeld's user the right to read it"
+        ) from error
+    except LayoutError as error:
+        raise ModelFolderError(str(error)) from error
+    return ModelFiles(profile=profile, folder=folder, paths=paths, tokenizer=tokenizer)
 
 
 def _check_present(part: ModelPart, paths: tuple[Path, ...]) -> None:
@@ -214,14 +156,14 @@ def _check_present(part: ModelPart, paths: tuple[Path, ...]) -> None:
 
 
 def _check_layout(profile: ModelProfile, part: ModelPart, paths: tuple[Path, ...]) -> None:
-    layout: dict[str, Shape] = {}
+    layout: Layout = {}
     owner: dict[str, Path] = {}
     for path in paths:
         shard = read_layout(path)
         for name in shard:
             if name in owner:
                 raise ModelFolderError(
-                    f"{path}: holds the tensor {name} that {owner[name].name} has too; download the shards again"
+                    f"{path}: holds {name}, which {owner[name].name} has too; download the shards again"
                 )
             owner[name] = path
         layout |= shard
@@ -250,8 +192,6 @@ def _check_tokenizer(profile: ModelProfile, folder: Path) -> None:
             raise ModelFolderError(f"{path}: missing; copy the tokenizer's folder {profile.tokenizer} there")
         try:
             json.loads(path.read_bytes())
-        except OSError as error:
-            raise ModelFolderError(f"{path}: cannot be read ({error.strerror}); make it readable for reeld") from error
         except ValueError as error:
             raise ModelFolderError(f"{path}: not JSON or truncated; copy or download it again") from error
 
@@ -274,7 +214,11 @@ class _Table:
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values.pop(key, None)
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(isinstance(item, str) and item for item in value)
+        ):
             raise self.fault(key, "must be a list of texts that is not empty")
         if len(set(value)) != len(value):
             raise self.fault(key, "names something twice")
@@ -288,7 +232,12 @@ class _Table:
 
     def number(self, key: str) -> float:
         value = self.values.pop(key, None)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or value <= 0
+        ):
             raise self.fault(key, "must be a number above 0")
         return float(value)
 

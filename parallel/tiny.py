@@ -1,8 +1,8 @@
 """Writes the tiny Wan models: real architectures, real key layouts, random but deterministic weights.
 
-They exist so that everything else (loading, parallel generation, the daemon, the demo) runs for real on a laptop.
-What they paint is coloured noise that depends on prompt, image and seed. The shapes live in `tiny_registry.py`,
-the file names in the profiles `tiny-t2v` and `tiny-i2v`.
+They exist so that everything else (loading, parallel generation, the daemon, the demo) runs for real on a
+laptop. What they paint is coloured noise that depends on prompt, image and seed. The shapes live in
+`tiny_registry.py`, the file names in the profiles `tiny-t2v` and `tiny-i2v`.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from parallel.layouts import Layout
 from parallel.profile import ModelPart, load_profile
 from parallel.tiny_registry import (
     CLIP_SHAPE,
@@ -28,8 +29,6 @@ from parallel.tiny_registry import (
     TinyWanImageEncoder,
     TinyWanVideoVAE,
 )
-
-Layout = dict[str, tuple[int, ...]]
 
 # As published: the text encoder in bfloat16, CLIP in float16, the DiT and the VAE in float32.
 _DTYPES = {"text_encoder": torch.bfloat16, "image_encoder": torch.float16}
@@ -75,8 +74,8 @@ def published_layout(role: str, dit_shape: dict[str, object]) -> Layout:
 def textual_layout(*, vocab_size: int, max_text_len: int, dim: int, num_layers: int, out_dim: int) -> Layout:
     """The textual half of the published CLIP file, which DiffSynth drops when it loads the file.
 
-    Spelled out, because DiffSynth's `XLMRobertaWithHead` cannot be asked: a later class of the same name in its
-    module replaces the block that it is made of.
+    Spelled out, because DiffSynth's `XLMRobertaWithHead` cannot be asked: a later class of the same name in
+    its module replaces the block that it is made of.
     """
     layout: Layout = {
         "token_embedding.weight": (vocab_size, dim),
@@ -141,8 +140,9 @@ def _deviation(role: str, name: str, shape: tuple[int, ...]) -> float:
     return gain / math.sqrt(math.prod(shape[1:]))
 
 
-# By the end of the published name. The prompt must be seen in the frames, so that a test can tell a wrong one; the
-# VAE's residual branches are small, so that a rounding difference in bfloat16 does not grow from layer to layer.
+# By the end of the published name. The prompt must be seen in the frames, so that a test can tell a wrong
+# one; the VAE's residual branches are small, so that a rounding difference in bfloat16 does not grow from
+# layer to layer.
 _GAINS: dict[str, dict[str, float]] = {
     "dit": {"cross_attn.o.weight": 3.0},
     "vae": {"residual.6.weight": 0.3, "proj.weight": 0.3, "decoder.head.2.weight": 0.5},
@@ -150,22 +150,38 @@ _GAINS: dict[str, dict[str, float]] = {
 
 
 def _vocabulary() -> Iterator[tuple[str, float]]:
-    """Pieces and log probabilities of the Unigram model; built, not trained, because training is not repeatable."""
+    """Pieces and log probabilities of the Unigram model; built, since training is not repeatable."""
     yield from (("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -6.0))
     for character in ascii_lowercase + ascii_uppercase + digits + punctuation:
         yield character, -8.0
     for word in _WORDS.split():
         yield f"▁{word}", -4.0 - len(word) / 10
-    for ending in ("ing", "ed", "er", "ly", "es", "tion", "al", "en", "th", "ou", "st", "an", "in", "re", "on"):
+    for ending in (
+        "ing",
+        "ed",
+        "er",
+        "ly",
+        "es",
+        "tion",
+        "al",
+        "en",
+        "th",
+        "ou",
+        "st",
+        "an",
+        "in",
+        "re",
+        "on",
+    ):
         yield ending, -6.0
 
 
 _WORDS = """
-a an the of in on at to and with over under through from by for is are it its his her one two three small big old
-young red green blue white black yellow bright dark slow fast cat dog fox bird horse fish man woman child robot car
-boat train house tree forest snow rain sea river mountain city street sky sun moon night day light water fire wind
-run runs running walk walks walking fly flies swim swims jump jumps dance dances turn turns look looks camera close
-up wide shot video film style painting photo quality low worst best blurry static
+a an the of in on at to and with over under through from by for is are it its his her one two three small big
+old young red green blue white black yellow bright dark slow fast cat dog fox bird horse fish man woman child
+robot car boat train house tree forest snow rain sea river mountain city street sky sun moon night day light
+water fire wind run runs running walk walks walking fly flies swim swims jump jumps dance dances turn turns
+look looks camera close up wide shot video film style painting photo quality low worst best blurry static
 """
 
 
@@ -178,7 +194,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no types here
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",

@@ -1,9 +1,9 @@
 """Makes DiffSynth recognise the tiny Wan models that `parallel/tiny.py` writes.
 
-DiffSynth finds the class of a checkpoint by a hash of its tensor names and shapes in `MODEL_CONFIGS`; this module
-adds the tiny shapes, and the two classes whose width the real ones fix. It imports DiffSynth and torch and nothing
-of reeld's, so that a reference process can load the same models without any of our code. The numbers in the files
-are not its business.
+DiffSynth finds the class of a checkpoint by a hash of its tensor names and shapes in `MODEL_CONFIGS`; this
+module adds the tiny shapes, and the two classes whose width the real ones fix. It imports DiffSynth and torch
+and nothing of reeld's, so that a reference process can load the same models without any of our code. The
+numbers in the files are not its business.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
 DIT_SHAPE: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "dim": 288,
-    # The head dimension, 24, must split into three even parts for the 3D RoPE; 12 heads divide by 2, 3, 4 and 6.
+    # The head dimension, 24, must split into three even parts for the 3D RoPE; 12 heads divide by 2, 3, 4, 6.
     "num_heads": 12,
     "ffn_dim": 384,
     "num_layers": 4,
@@ -42,8 +42,8 @@ TEXT_ENCODER_SHAPE: dict[str, Any] = {
 VAE_WIDTH = 8
 CLIP_SHAPE: dict[str, Any] = {
     "embed_dim": 64,
-    # The DiT's image embedding is MLP(1280, ...), so the width stays; the pipeline drops the last block, so two
-    # layers are the fewest with an attention in use.
+    # The DiT's image embedding is MLP(1280, ...), so the width stays; the pipeline drops the last block, so
+    # two layers are the fewest with an attention in use.
     "vision_layers": 2,
     "vision_mlp_ratio": 1 / 16,
     # The textual half is in the file, as published, and in no model: DiffSynth drops it.
@@ -71,8 +71,8 @@ class TinyWanImageEncoder(WanImageEncoder):  # type: ignore[misc]  # diffsynth h
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
         self.model, self.transforms = clip_xlm_roberta_vit_h_14(
-            pretrained=False, return_transforms=True, return_tokenizer=False, dtype=torch.float32, device="cpu",
-            **CLIP_SHAPE,
+            pretrained=False, return_transforms=True, return_tokenizer=False, dtype=torch.float32,
+            device="cpu", **CLIP_SHAPE,
         )  # fmt: skip
 
 
