@@ -1,0 +1,180 @@
+"""A job's inputs: fetched from allowed places only, checked, and staged for the ranks.
+
+Owns the allow-list of schemes and roots, the refusal of private addresses (checked on the connected socket, so that
+neither DNS nor a redirect gets around it), and the limits of size and pixels. Leaves out retrying
+(`daemon.coordinator`) and reading the image into tensors (`parallel.engine`).
+"""
+
+import base64
+import binascii
+import io
+import ipaddress
+import os
+import socket
+import time
+import urllib.parse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from PIL import Image
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from daemon.config import InputsConfig
+from daemon.errors import ErrorCode, PermanentJobError, TransientJobError
+
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+_CHUNK_BYTES = 64 * 1024
+
+
+def stage_image(uri: str, target: Path, config: InputsConfig, *, path: str) -> None:
+    """Fetches an image to `target`. `path` is the field that names it, for errors.
+
+    Raises PermanentJobError(input_rejected) for what is not allowed or no image, TransientJobError
+    (input_unavailable) for what may come back.
+    """
+    data = _fetch(uri, config, path)
+    _check_image(data, config, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+
+
+def _fetch(uri: str, config: InputsConfig, path: str) -> bytes:
+    scheme = uri.partition(":")[0].lower()
+    if scheme not in config.schemes:
+        raise _rejected(f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path)
+    match scheme:
+        case "file":
+            return _read_file(uri, config, path)
+        case "data":
+            return _decode_data(uri, config, path)
+        case _:
+            return _get_http(uri, config, path)
+
+
+def _read_file(uri: str, config: InputsConfig, path: str) -> bytes:
+    parts = urllib.parse.urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise _rejected("a file: URI must not name a host", path)
+    text = urllib.parse.unquote(parts.path)
+    if "\0" in text:
+        raise _rejected("the file name holds a NUL", path)
+    roots = [root.resolve() for root in config.roots]
+    resolved = Path(text).resolve()
+    # One answer for "outside" and "not there", so that publishers cannot explore the disk.
+    if not any(resolved.is_relative_to(root) for root in roots):
+        raise _rejected("the file is not under one of inputs.roots", path)
+    try:
+        # O_NOFOLLOW and O_NONBLOCK: the resolved name must be a plain file now, not a link or a FIFO.
+        descriptor = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            return _read_limited(file, config, path)
+    except FileNotFoundError as error:
+        raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, "there is no such file", path=path) from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise _rejected(f"the file cannot be read: {error.strerror}", path) from error
+    except OSError as error:
+        raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, f"reading failed: {error.strerror}", path=path) from error
+
+
+def _read_limited(file: Any, config: InputsConfig, path: str) -> bytes:
+    data: bytes = file.read(config.max_bytes + 1)
+    if len(data) > config.max_bytes:
+        raise _rejected(f"more than {config.max_bytes} bytes", path)
+    return data
+
+
+def _decode_data(uri: str, config: InputsConfig, path: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise _rejected("a data: URI must be base64", path)
+    if len(payload) > config.max_bytes * 4 // 3 + 4:
+        raise _rejected(f"more than {config.max_bytes} bytes", path)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise _rejected(f"not base64: {error}", path) from error
+
+
+class _ForbiddenAddressError(Exception):
+    """Raised when a name led to an address that inputs may not come from."""
+
+
+def _check_peer(sock: socket.socket) -> socket.socket:
+    # Before a byte is sent: the address that was really connected to is the one that counts.
+    address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    if not address.is_global or address.is_multicast:
+        sock.close()
+        raise _ForbiddenAddressError(str(address))
+    return sock
+
+
+class _PublicHTTPConnection(HTTPConnection):
+    def _new_conn(self) -> socket.socket:
+        return _check_peer(super()._new_conn())
+
+
+class _PublicHTTPSConnection(HTTPSConnection):
+    def _new_conn(self) -> socket.socket:
+        return _check_peer(super()._new_conn())
+
+
+class _PublicHTTPPool(HTTPConnectionPool):
+    ConnectionCls = _PublicHTTPConnection
+
+
+class _PublicHTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _PublicHTTPSConnection
+
+
+def _get_http(uri: str, config: InputsConfig, path: str) -> bytes:
+    manager = urllib3.PoolManager(num_pools=4, retries=urllib3.Retry(connect=0, read=0, redirect=3, other=0))
+    if not config.allow_private_addresses:
+        manager.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
+    deadline = time.monotonic() + config.timeout_seconds
+    timeout = urllib3.Timeout(connect=10, read=min(15.0, config.timeout_seconds))
+    try:
+        with manager.request("GET", uri, preload_content=False, timeout=timeout) as response:
+            if response.status >= 500 or response.status in (408, 425, 429):
+                raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, f"HTTP status {response.status}", path=path)
+            if response.status != 200:
+                raise _rejected(f"HTTP status {response.status}", path)
+            data = bytearray()
+            while chunk := response.read1(_CHUNK_BYTES):
+                data += chunk
+                if len(data) > config.max_bytes:
+                    raise _rejected(f"more than {config.max_bytes} bytes", path)
+                if time.monotonic() > deadline:  # a server that drips must not hold the GPUs
+                    raise TransientJobError(
+                        ErrorCode.INPUT_UNAVAILABLE, f"not there after {config.timeout_seconds} s", path=path
+                    )
+            return bytes(data)
+    except _ForbiddenAddressError as error:
+        raise _rejected(f"address {error} is not public (inputs.allow_private_addresses)", path) from error
+    except urllib3.exceptions.LocationValueError as error:
+        raise _rejected(f"not a URL: {error}", path) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, f"{type(error).__name__}", path=path) from error
+    finally:
+        manager.clear()
+
+
+def _check_image(data: bytes, config: InputsConfig, path: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+                # The header alone is read so far: a bomb is refused before it is decoded.
+                if image.width * image.height > config.max_pixels:
+                    raise _rejected(f"{image.width}x{image.height} is more than {config.max_pixels} pixels", path)
+                image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _rejected(f"not a readable {', '.join(_IMAGE_FORMATS)} image: {error}"[:300], path) from error
+
+
+def _rejected(message: str, path: str) -> PermanentJobError:
+    return PermanentJobError(ErrorCode.INPUT_REJECTED, message, path=path)

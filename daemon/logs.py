@@ -1,0 +1,201 @@
+"""Logs: one JSON object a line on the process's original stderr, from the first line to the last.
+
+Owns structlog's set-up, and turning everything that others print into log lines: Python's loggers and warnings,
+`print`s, progress bars, and what C libraries and child processes write to file descriptors 1 and 2. Leaves out
+where the lines go (journald, a pipeline).
+"""
+
+import faulthandler
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import types
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from daemon import __version__
+from daemon.events import now
+
+LOCK_VARIABLE = "REELD_LOG_LOCK"
+CRASH_VARIABLE = "REELD_CRASH_DIRECTORY"
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
+class LineWriter:
+    """Writes whole lines to one file descriptor, of which several processes may hold a copy.
+
+    A pipe takes at most PIPE_BUF (4096) bytes in one piece, and a traceback is longer, so the processes of a group
+    take turns by a lock on a file that the launcher names.
+    """
+
+    def __init__(self, descriptor: int, lock_path: str | None) -> None:
+        self._descriptor = descriptor
+        self._lock_file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
+        self._lock = threading.Lock()
+
+    def write(self, line: str) -> None:
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            if self._lock_file is not None:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                pass  # nobody reads the log any more: that must not stop the work
+            finally:
+                if self._lock_file is not None:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+
+class _Capture:
+    """A pipe in the place of file descriptors 1 and 2, and a thread that turns its lines into events."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+        self._reader = reader
+        self._thread = threading.Thread(target=self._run, name="log-capture", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        log = structlog.get_logger("captured")
+        rest = b""
+        while chunk := os.read(self._reader, 65536):
+            # Progress bars rewrite their line with a carriage return.
+            *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+            for line in lines:
+                self._emit(log, line)
+        self._emit(log, rest)
+
+    def _emit(self, log: Any, line: bytes) -> None:
+        text = line.decode("utf-8", "backslashreplace").strip()
+        if text:
+            log.info("captured_output", text=text[:2000])
+
+    def finish(self) -> None:
+        """Gives the last lines the time to arrive."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)  # closes the pipe's last writers in this process
+        self._thread.join(timeout=2)
+
+
+_capture: _Capture | None = None
+
+
+def setup_logs(
+    *, format_: str, level: str, rank: int | None, local_rank: int | None, world_size: int | None, capture: bool
+) -> None:
+    """Sets up the logs of this process. Call it once, first, before anything heavy is imported.
+
+    `format_` is json, console, or auto (console on a terminal). `rank` is None in the launcher.
+    """
+    global _capture
+    writer = LineWriter(os.dup(2), os.environ.get(LOCK_VARIABLE))
+    console = format_ == "console" or (format_ == "auto" and writer.isatty())
+    fixed = {
+        "service": "reeld",
+        "version": __version__,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "rank": rank,
+        "local_rank": local_rank,
+        "world_size": world_size,
+    }
+
+    def add_fixed(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        return {"timestamp": now(), **{k: v for k, v in event.items() if k not in fixed}, **fixed}
+
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+    ]
+    final: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if console:
+        final += [structlog.processors.TimeStamper("%H:%M:%S", utc=False), structlog.dev.ConsoleRenderer()]
+    else:
+        final += [structlog.processors.format_exc_info, add_fixed, structlog.processors.JSONRenderer(default=str)]
+    formatter = structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                writer.write(self.format(record))
+            except Exception as error:  # noqa: BLE001  a log call must never end the work; the fault itself is logged
+                fallback = {"timestamp": now(), "level": "error", "event": "log_failed", "logger": "logs", **fixed}
+                writer.write(json.dumps({**fallback, "text": repr(error)}))
+
+    handler = Handler()
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(_LEVELS[level])
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    # pika says at INFO what reeld says in its own words.
+    for noisy in ("pika", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy == "pika" else logging.WARNING)
+    directory = os.environ.get(CRASH_VARIABLE)
+    if directory and rank is not None:
+        # The launcher turns this file into a log line when the rank died: a raw trace would not parse.
+        faulthandler.enable((Path(directory) / f"rank-{rank}.txt").open("w"))
+    if capture:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        # Libraries that put handlers of their own on their loggers write to the captured descriptors.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _capture = _Capture()
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def finish_logs() -> None:
+    """Writes what is still captured. Call it last."""
+    if _capture is not None:
+        _capture.finish()
+
+
+def log_format_for_ranks(format_: str) -> str:
+    """What `auto` means for the ranks of a launcher: what it means for the launcher."""
+    if format_ != "auto":
+        return format_
+    return "console" if os.isatty(2) else "json"
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    structlog.get_logger("process").critical("uncaught_exception", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        structlog.get_logger("process").critical(
+            "uncaught_exception_in_thread",
+            thread=args.thread.name if args.thread else None,
+            exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+        )

@@ -1,0 +1,113 @@
+"""What a job leaves on disk: the video file and, after it, the manifest that says the job is done.
+
+Owns the layout of the output directory, `<directory>/<job_id>/video-<hash>.mp4` and `manifest.json`, and the
+order: file (temporary name, fsync, rename), then manifest (created only if there is none). Leaves out encoding.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon.errors import ErrorCode, TransientJobError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVideo:
+    path: Path
+    sha256: str
+    bytes: int
+
+
+class Storage:
+    """The output directory of one pool's jobs."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read_manifest(self, job_id: str) -> dict[str, Any] | None:
+        """The manifest of a finished job, or None. Raises TransientJobError when the disk cannot be read."""
+        try:
+            manifest: dict[str, Any] = json.loads((self._directory / job_id / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _unavailable(error) from error
+        return manifest
+
+    @contextmanager
+    def temporary_video(self, job_id: str) -> Iterator[Path]:
+        """A name, in the job's folder, to write the video to; whatever is left there at the end is removed."""
+        folder = self._directory / job_id
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unavailable(error) from error
+        path = folder / f".{uuid.uuid4().hex}.part"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def keep_video(self, job_id: str, temporary: Path) -> StoredVideo:
+        """Makes a written video durable under its name, which is its content's hash.
+
+        So two daemons that hold the same job never overwrite each other: equal videos have one name, and of
+        different ones the manifest names the one that counts.
+        """
+        try:
+            digest = hashlib.sha256()
+            with temporary.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+                os.fsync(file.fileno())
+            sha256 = digest.hexdigest()
+            path = self._directory / job_id / f"video-{sha256[:16]}.mp4"
+            size = temporary.stat().st_size
+            temporary.rename(path)
+            _fsync_folder(path.parent)
+        except OSError as error:
+            raise _unavailable(error) from error
+        return StoredVideo(path=path.resolve(), sha256=sha256, bytes=size)
+
+    def create_manifest(self, job_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Writes the manifest unless there is one. Returns the one that counts: this one, or the earlier one."""
+        folder = self._directory / job_id
+        temporary = folder / f".{uuid.uuid4().hex}.manifest"
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                json.dump(manifest, file, ensure_ascii=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, folder / MANIFEST)  # fails when the name exists: the conditional create
+            except FileExistsError:
+                earlier = self.read_manifest(job_id)
+                if earlier is None:
+                    raise
+                return earlier
+            finally:
+                temporary.unlink(missing_ok=True)
+            _fsync_folder(folder)
+        except OSError as error:
+            raise _unavailable(error) from error
+        return manifest
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unavailable(error: Exception) -> TransientJobError:
+    return TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"output directory: {error}")
