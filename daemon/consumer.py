@@ -1,0 +1,226 @@
+"""The consumer thread: one connection that only consumes and acks.
+
+Owns the deliveries and their fate (ack, or requeue), reconnecting with backoff, and the daemon's control queue.
+Leaves out publishing, which has a connection of its own (`daemon.publisher`): a broker's memory alarm blocks
+publishers and must not stop the acks.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pika.exceptions
+import structlog
+from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+
+from daemon.config import BrokerConfig
+from daemon.connection import LOST, connect_with_backoff
+from daemon.errors import ConfigError, FatalError
+from daemon.topology import Topology
+
+log = structlog.get_logger("consumer")
+
+_TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message as it came. `generation` numbers the channel it came on: an ack on another would be a lie."""
+
+    body: bytes
+    delivery_tag: int
+    generation: int
+    redelivered: bool
+    message_id: str | None
+    correlation_id: str | None
+    reply_to: str | None
+    expiration: str | None
+    content_type: str | None
+    priority: int | None
+    headers: dict[str, Any]
+
+    @property
+    def delivery_count(self) -> int:
+        """How often the broker has taken this message back already (quorum queues' x-delivery-count)."""
+        count = self.headers.get("x-delivery-count", 0)
+        return count if isinstance(count, int) else 0
+
+
+class Consumer:
+    """Consumes one pool's job queue. `deliveries` holds what came, oldest first; None means: the thread ended.
+
+    `prepare(connection)` runs after each connect, before consuming; it may raise ConfigError.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        topology: Topology,
+        *,
+        worker_id: str,
+        prepare: Callable[[BlockingConnection], None],
+        on_control: Callable[[str], None],
+    ) -> None:
+        self._broker = broker
+        self._topology = topology
+        self._worker_id = worker_id
+        self._prepare = prepare
+        self._on_control = on_control
+        self._connection: BlockingConnection | None = None
+        self._channel: BlockingChannel | None = None
+        self._generation = 0
+        self._stop = threading.Event()
+        self._consumer_cancelled = False
+        self.deliveries: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self.consuming = threading.Event()
+        self.status = "connecting"
+        self.fatal: FatalError | None = None
+        self._thread = threading.Thread(target=self._run, name="consumer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ack(self, delivery: Delivery) -> None:
+        """Acks a delivery whose outcome is durable. On another channel than its own it does nothing."""
+        self._settle(delivery, "acked", lambda channel: channel.basic_ack(delivery.delivery_tag))
+
+    def requeue(self, delivery: Delivery) -> None:
+        """Gives a delivery back: it is not the job's fault."""
+        self._settle(delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True))
+
+    def stop(self, *, timeout_seconds: float = 10) -> None:
+        """Settles what is pending, closes the connection and ends the thread. Unacked deliveries go back."""
+        self._stop.set()
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            try:
+                connection.add_callback_threadsafe(lambda: None)  # ends the wait
+            except LOST:
+                pass
+        self._thread.join(timeout_seconds)
+
+    def _settle(self, delivery: Delivery, what: str, settle: Callable[[BlockingChannel], None]) -> None:
+        connection = self._connection
+        done = threading.Event()
+
+        def on_connection_thread() -> None:
+            channel = self._channel
+            try:
+                if delivery.generation != self._generation or channel is None or not channel.is_open:
+                    log.warning("stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it")
+                    return
+                settle(channel)
+                log.debug("delivery_settled", how=what, delivery_tag=delivery.delivery_tag)
+            except LOST as error:
+                log.warning("settle_failed", wanted=what, reason=repr(error))
+            finally:
+                done.set()
+
+        try:
+            if connection is None:
+                raise pika.exceptions.ConnectionClosed(0, "no connection")
+            connection.add_callback_threadsafe(on_connection_thread)
+        except LOST as error:
+            log.warning("stale_delivery", wanted=what, reason=repr(error))
+            return
+        # Bounded: when the connection is lost meanwhile, the broker redelivers and the manifest answers.
+        done.wait(timeout=5)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._consume_once()
+        except FatalError as error:
+            self.fatal = error
+        finally:
+            self.consuming.clear()
+            self.status = "stopped"
+            self.deliveries.put(None)
+
+    def _consume_once(self) -> None:
+        connection = connect_with_backoff(
+            self._broker,
+            name=f"reeld {self._worker_id} consumer",
+            on_retry=self._on_retry,
+            sleep=self._stop.wait,
+            stopped=self._stop.is_set,
+        )
+        if connection is None:
+            return
+        try:
+            self._prepare(connection)
+            self._channel = self._open_channel(connection)
+            self._connection = connection
+            self.status = "consuming"
+            self.consuming.set()
+            log.info("consuming", queue=self._topology.jobs_queue)
+            while not self._stop.is_set():
+                connection.process_data_events(time_limit=_TICK_SECONDS)
+                # process_data_events says nothing of a channel that the broker closed, nor of a cancelled consumer.
+                if not self._channel.is_open or self._consumer_cancelled:
+                    raise pika.exceptions.ChannelClosed(0, "channel closed or consumer cancelled by the broker")
+            self._drain_callbacks(connection)
+        except LOST as error:
+            self.status = f"connection lost: {type(error).__name__}"
+            log.warning("connection_lost", reason=repr(error))
+        finally:
+            self.consuming.clear()
+            self._connection = None
+            self._channel = None
+            try:
+                connection.close()
+            except LOST:
+                pass
+        # A broker that accepts connections but refuses the consumer must not be hammered.
+        self._stop.wait(0 if self._stop.is_set() else self._broker.backoff_initial_seconds)
+
+    def _open_channel(self, connection: BlockingConnection) -> BlockingChannel:
+        self._generation += 1
+        self._consumer_cancelled = False
+        channel = connection.channel()
+        channel.basic_qos(prefetch_count=self._broker.prefetch_count)
+        channel.add_on_cancel_callback(self._on_cancel)
+        control = channel.queue_declare("", exclusive=True, auto_delete=True).method.queue
+        for key in ("cancel.*", f"drain.{self._worker_id}"):
+            channel.queue_bind(control, self._topology.control_exchange, routing_key=key)
+        channel.basic_consume(control, self._on_control_message, auto_ack=True)
+        try:
+            channel.basic_consume(self._topology.jobs_queue, self._on_delivery)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            raise ConfigError(
+                f"queue {self._topology.jobs_queue}: {error.reply_text}; run `reeld topology apply`"
+            ) from error
+        return channel
+
+    def _on_delivery(self, _channel: BlockingChannel, method: Any, properties: Any, body: bytes) -> None:
+        self.deliveries.put(
+            Delivery(
+                body=body,
+                delivery_tag=method.delivery_tag,
+                generation=self._generation,
+                redelivered=method.redelivered,
+                message_id=properties.message_id,
+                correlation_id=properties.correlation_id,
+                reply_to=properties.reply_to,
+                expiration=properties.expiration,
+                content_type=properties.content_type,
+                priority=properties.priority,
+                headers=dict(properties.headers or {}),
+            )
+        )
+
+    def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes) -> None:
+        self._on_control(method.routing_key)
+
+    def _on_cancel(self, _frame: Any) -> None:
+        self._consumer_cancelled = True
+
+    def _drain_callbacks(self, connection: BlockingConnection) -> None:
+        connection.process_data_events(time_limit=0)
+        connection.process_data_events(time_limit=0)
+
+    def _on_retry(self, reason: str, delay_seconds: float) -> None:
+        self.status = f"waiting for the broker: {reason}"
+        log.warning("broker_unavailable", reason=reason, retry_in_seconds=round(delay_seconds, 2))
