@@ -6,7 +6,9 @@ what is sent (`daemon.events`) and consuming (`daemon.consumer`).
 """
 
 import concurrent.futures
+import contextlib
 import queue
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -217,7 +219,8 @@ class Publisher:
     @staticmethod
     def _shut_socket(connection: Any) -> None:
         # pika has no public way to end a wait from outside; the attribute chain is checked by a test.
-        transport = getattr(connection._impl, "_transport", None)
-        if transport is not None:
+        sock = getattr(getattr(connection._impl, "_transport", None), "_sock", None)
+        if sock is not None:
             log.warning("confirm_overdue", action="dropping the connection")
-            transport.abort()
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)

@@ -20,16 +20,6 @@ def enable_ulysses(dit: WanModel) -> None:
         block.self_attn.forward = types.MethodType(_ulysses_forward, block.self_attn)
 
 
-def check_sequence(*, num_tokens: int, world_size: int) -> None:
-    """Raises ValueError when a sequence is too short to give each of `world_size` ranks a slice."""
-    slice_length = -(-num_tokens // world_size)
-    if -(-num_tokens // slice_length) != world_size:
-        raise ValueError(
-            f"{num_tokens} tokens in slices of {slice_length} fill only {-(-num_tokens // slice_length)} of "
-            f"{world_size} ranks: ask for more pixels or frames, or use fewer ranks"
-        )
-
-
 def _ulysses_forward(self: torch.nn.Module, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """`SelfAttention.forward` for a slice. Called by every rank.
 

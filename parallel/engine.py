@@ -5,7 +5,7 @@ same step on every rank), and turning what went wrong into an outcome. Leaves ou
 (`daemon.coordinator`) and what becomes of the frames (`daemon.video`).
 """
 
-import math
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parallel.attention import check_sequence
 from parallel.model import LoadedModel
 from parallel.plan import GenerationPlan, Outcome
 from parallel.world import World
@@ -55,7 +54,6 @@ def generate_frames(
     quantised. Raises StoppedError on every rank alike, and whatever DiffSynth and torch raise.
     """
     pipeline = model.pipeline
-    _check_length(plan, model, world)
     progress("encode", 0, plan.num_inference_steps)
 
     def denoising(timesteps: Iterable[Any]) -> Iterator[Any]:
@@ -102,6 +100,13 @@ def quantise(frame: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     return ((frame + 1) * 127.5).clip(0, 255).to(torch.uint8).numpy()
 
 
+def release_memory(device: torch.device) -> None:
+    """After a failed attempt: gives cached blocks back, so that the next job starts clean."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def outcome_of(error: BaseException | None, rank: int) -> Outcome:
     """The outcome of a generation that raised `error`, or of one that went well."""
     match error:
@@ -125,16 +130,6 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * 4096
     return {"memory_used_bytes": resident, "memory_reserved_bytes": resident}
-
-
-def _check_length(plan: GenerationPlan, model: LoadedModel, world: World) -> None:
-    if world.world_size == 1:
-        return
-    factor = model.pipeline.vae.upsampling_factor
-    patch = model.pipeline.dit.patch_size
-    latent_frames = (plan.num_frames - 1) // 4 + 1
-    num_tokens = math.prod((latent_frames // patch[0], plan.height // factor // patch[1], plan.width // factor // patch[2]))
-    check_sequence(num_tokens=num_tokens, world_size=world.world_size)
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,3 +112,13 @@ def resolve_degrees(*, world_size: int, num_heads: int) -> ParallelDegrees:
             f"use a number of ranks out of {[n for n in range(1, num_heads + 1) if num_heads % n == 0]}"
         )
     return ParallelDegrees(world_size=world_size, ulysses_degree=world_size)
+
+
+def check_sequence(*, num_tokens: int, world_size: int) -> None:
+    """Raises ValueError when a sequence is too short to give each of `world_size` ranks a slice."""
+    slice_length = -(-num_tokens // world_size)
+    if -(-num_tokens // slice_length) != world_size:
+        raise ValueError(
+            f"{num_tokens} tokens in slices of {slice_length} fill only {-(-num_tokens // slice_length)} of "
+            f"{world_size} ranks: ask for more pixels or frames, or use fewer ranks"
+        )

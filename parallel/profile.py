@@ -121,13 +121,13 @@ def check_model_folder(profile: ModelProfile, folder: Path) -> ModelFiles:
     Raises `ModelFolderError` at the first file that is missing, truncated or of another model.
     """
     folder = folder.absolute()
-    if not folder.is_dir():
-        raise ModelFolderError(
-            f"{folder}: no such folder; it should hold the files of the profile {profile.name}"
-        )
     paths = {part.role: tuple(folder / name for name in part.files) for part in profile.parts}
     tokenizer = folder / profile.tokenizer
     try:
+        if not folder.is_dir():
+            raise ModelFolderError(
+                f"{folder}: no such folder; it should hold the files of the profile {profile.name}"
+            )
         for part in profile.parts:
             _check_present(part, paths[part.role])
         for part in profile.parts:
