@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pika
 import pika.exceptions
@@ -133,7 +133,7 @@ class EventStream:
     def close(self) -> None:
         close(self._connection)
 
-    def __enter__(self) -> "EventStream":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,7 +185,9 @@ def publish_job(
         except pika.exceptions.UnroutableError as error:
             raise UnroutablePublishError(no_pool) from error
         except pika.exceptions.NackError as error:
-            raise PublishError(f"{address}: the pool {pool!r} takes no more jobs now (queue full); try later") from error
+            raise PublishError(
+                f"{address}: the pool {pool!r} takes no more jobs now (queue full); try later"
+            ) from error
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code == NOT_FOUND:
                 raise UnroutablePublishError(no_pool) from error
@@ -239,6 +241,15 @@ def check_on(broker: BrokerConfig, topology: Topology) -> list[Difference]:
     return _with_connection(broker, "reeld topology", lambda connection: check_topology(connection, topology))
 
 
+def delete_on(broker: BrokerConfig, topology: Topology) -> None:
+    """Deletes everything that a topology names, with what is in it. For objects that one made oneself."""
+    with _channel_of(broker, "reeld topology", "the topology") as channel:
+        for queue in topology.queues():
+            channel.queue_delete(queue.name)
+        for exchange in topology.exchanges():
+            channel.exchange_delete(exchange.name)
+
+
 def close(connection: BlockingConnection) -> None:
     """Closes a connection, however much is left of it."""
     try:
@@ -276,7 +287,9 @@ def _translated(error: Exception, address: str, what: str) -> FatalError | Broke
         if error.reply_code == ACCESS_REFUSED:
             return CredentialsError(f"{address}: {what}: {error.reply_text}")
         return ConfigError(f"{address}: {what}: {error.reply_code} {error.reply_text}")
-    return BrokerUnavailableError(f"{address}: connection lost ({type(error).__name__} {error})".replace("\n", " "))
+    return BrokerUnavailableError(
+        f"{address}: connection lost ({type(error).__name__} {error})".replace("\n", " ")
+    )
 
 
 def _within(seconds: float, work: Callable[[], None], late: str) -> None:
@@ -286,7 +299,7 @@ def _within(seconds: float, work: Callable[[], None], late: str) -> None:
     def guarded() -> None:
         try:
             work()
-        except Exception as error:  # carried over to the caller's thread, which raises it
+        except Exception as error:  # noqa: BLE001 - carried over to the caller's thread, which raises it
             failures.append(error)
 
     thread = threading.Thread(target=guarded, name="publish", daemon=True)

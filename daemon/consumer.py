@@ -88,7 +88,9 @@ class Consumer:
 
     def requeue(self, delivery: Delivery) -> None:
         """Gives a delivery back: it is not the job's fault."""
-        self._settle(delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True))
+        self._settle(
+            delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True)
+        )
 
     def stop(self, *, timeout_seconds: float = 10) -> None:
         """Settles what is pending, closes the connection and ends the thread. Unacked deliveries go back."""
@@ -109,7 +111,9 @@ class Consumer:
             channel = self._channel
             try:
                 if delivery.generation != self._generation or channel is None or not channel.is_open:
-                    log.warning("stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it")
+                    log.warning(
+                        "stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it"
+                    )
                     return
                 settle(channel)
                 log.debug("delivery_settled", how=what, delivery_tag=delivery.delivery_tag)
@@ -160,7 +164,9 @@ class Consumer:
                 connection.process_data_events(time_limit=_TICK_SECONDS)
                 # process_data_events says nothing of a channel that the broker closed, nor of a cancelled consumer.
                 if not self._channel.is_open or self._consumer_cancelled:
-                    raise pika.exceptions.ChannelClosed(0, "channel closed or consumer cancelled by the broker")
+                    raise pika.exceptions.ChannelClosed(
+                        0, "channel closed or consumer cancelled by the broker"
+                    )
             self._drain_callbacks(connection)
         except LOST as error:
             self.status = f"connection lost: {type(error).__name__}"
@@ -211,7 +217,9 @@ class Consumer:
             )
         )
 
-    def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes) -> None:
+    def _on_control_message(
+        self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes
+    ) -> None:
         self._on_control(method.routing_key)
 
     def _on_cancel(self, _frame: Any) -> None:

@@ -37,7 +37,13 @@ def job_event(
     """`job.<job_id>.<name>`. A terminal event takes a fixed `event_id`, so that a repeat is recognised."""
     extensions = {"traceparent": traceparent} if traceparent else {}
     return _event(
-        f"job.{job_id}.{name}", f"reeld.job.{name}", job_id, worker_id, {"job_id": job_id, **data}, event_id, extensions
+        f"job.{job_id}.{name}",
+        f"reeld.job.{name}",
+        job_id,
+        worker_id,
+        {"job_id": job_id, **data},
+        event_id,
+        extensions,
     )
 
 

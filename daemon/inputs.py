@@ -44,7 +44,9 @@ def stage_image(uri: str, target: Path, config: InputsConfig, *, path: str) -> N
 def _fetch(uri: str, config: InputsConfig, path: str) -> bytes:
     scheme = uri.partition(":")[0].lower()
     if scheme not in config.schemes:
-        raise _rejected(f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path)
+        raise _rejected(
+            f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path
+        )
     match scheme:
         case "file":
             return _read_file(uri, config, path)
@@ -76,7 +78,9 @@ def _read_file(uri: str, config: InputsConfig, path: str) -> bytes:
     except (IsADirectoryError, PermissionError) as error:
         raise _rejected(f"the file cannot be read: {error.strerror}", path) from error
     except OSError as error:
-        raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, f"reading failed: {error.strerror}", path=path) from error
+        raise TransientJobError(
+            ErrorCode.INPUT_UNAVAILABLE, f"reading failed: {error.strerror}", path=path
+        ) from error
 
 
 def _read_limited(file: Any, config: InputsConfig, path: str) -> bytes:
@@ -140,7 +144,9 @@ def _get_http(uri: str, config: InputsConfig, path: str) -> bytes:
     try:
         with manager.request("GET", uri, preload_content=False, timeout=timeout) as response:
             if response.status >= 500 or response.status in (408, 425, 429):
-                raise TransientJobError(ErrorCode.INPUT_UNAVAILABLE, f"HTTP status {response.status}", path=path)
+                raise TransientJobError(
+                    ErrorCode.INPUT_UNAVAILABLE, f"HTTP status {response.status}", path=path
+                )
             if response.status != 200:
                 raise _rejected(f"HTTP status {response.status}", path)
             data = bytearray()
@@ -170,7 +176,9 @@ def _check_image(data: bytes, config: InputsConfig, path: str) -> None:
             with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
                 # The header alone is read so far: a bomb is refused before it is decoded.
                 if image.width * image.height > config.max_pixels:
-                    raise _rejected(f"{image.width}x{image.height} is more than {config.max_pixels} pixels", path)
+                    raise _rejected(
+                        f"{image.width}x{image.height} is more than {config.max_pixels} pixels", path
+                    )
                 image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _rejected(f"not a readable {', '.join(_IMAGE_FORMATS)} image: {error}"[:300], path) from error

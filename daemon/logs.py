@@ -38,7 +38,9 @@ class LineWriter:
 
     def __init__(self, descriptor: int, lock_path: str | None) -> None:
         self._descriptor = descriptor
-        self._lock_file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
+        self._lock_file = (
+            os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
+        )
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
@@ -100,7 +102,13 @@ _capture: _Capture | None = None
 
 
 def setup_logs(
-    *, format_: str, level: str, rank: int | None, local_rank: int | None, world_size: int | None, capture: bool
+    *,
+    format_: str,
+    level: str,
+    rank: int | None,
+    local_rank: int | None,
+    world_size: int | None,
+    capture: bool,
 ) -> None:
     """Sets up the logs of this process. Call it once, first, before anything heavy is imported.
 
@@ -132,7 +140,11 @@ def setup_logs(
     if console:
         final += [structlog.processors.TimeStamper("%H:%M:%S", utc=False), structlog.dev.ConsoleRenderer()]
     else:
-        final += [structlog.processors.format_exc_info, add_fixed, structlog.processors.JSONRenderer(default=str)]
+        final += [
+            structlog.processors.format_exc_info,
+            add_fixed,
+            structlog.processors.JSONRenderer(default=str),
+        ]
     formatter = structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final)
 
     class Handler(logging.Handler):
@@ -140,7 +152,13 @@ def setup_logs(
             try:
                 writer.write(self.format(record))
             except Exception as error:  # noqa: BLE001  a log call must never end the work; the fault itself is logged
-                fallback = {"timestamp": now(), "level": "error", "event": "log_failed", "logger": "logs", **fixed}
+                fallback = {
+                    "timestamp": now(),
+                    "level": "error",
+                    "event": "log_failed",
+                    "logger": "logs",
+                    **fixed,
+                }
                 writer.write(json.dumps({**fallback, "text": repr(error)}))
 
     handler = Handler()
@@ -151,7 +169,11 @@ def setup_logs(
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,

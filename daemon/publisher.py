@@ -152,7 +152,9 @@ class Publisher:
                 request.done.set_exception(UnroutablePublishError(text))
                 return
             except pika.exceptions.NackError:
-                request.done.set_exception(PublishError(f"the broker refused {request.message.routing_key!r}"))
+                request.done.set_exception(
+                    PublishError(f"the broker refused {request.message.routing_key!r}")
+                )
                 return
             except LOST as error:
                 self._lost(error)
@@ -193,7 +195,9 @@ class Publisher:
         connection = connect_with_backoff(
             self._broker,
             name=f"reeld {self._worker_id} publisher",
-            on_retry=lambda reason, delay: log.debug("broker_unavailable", reason=reason, retry_in_seconds=delay),
+            on_retry=lambda reason, delay: log.debug(
+                "broker_unavailable", reason=reason, retry_in_seconds=delay
+            ),
             sleep=lambda seconds: self._stop.wait(min(seconds, max(0.0, give_up_at - time.monotonic()))),
             stopped=stopped,
         )

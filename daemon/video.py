@@ -39,5 +39,7 @@ def encode_video(frames: Iterable[Any], path: Path, *, width: int, height: int, 
             count += 1
         writer.close()
     except OSError as error:
-        raise TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"ffmpeg could not write {path.name}: {error}") from error
+        raise TransientJobError(
+            ErrorCode.STORAGE_UNAVAILABLE, f"ffmpeg could not write {path.name}: {error}"
+        ) from error
     return count

@@ -113,11 +113,15 @@ def outcome_of(error: BaseException | None, rank: int) -> Outcome:
         case None:
             return Outcome(rank=rank)
         case StoppedError(stop=stop):
-            return Outcome(rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}")
+            return Outcome(
+                rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}"
+            )
         case torch.OutOfMemoryError() | MemoryError():
             return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
         case _:
-            return Outcome(rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}")
+            return Outcome(
+                rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}"
+            )
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:

@@ -140,7 +140,10 @@ class HealthBoard:
         else:
             # The ranks' main store may be held by a blocking wait of the main thread.
             store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOIN_TIMEOUT
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=JOIN_TIMEOUT,
             )
         run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         self._store = dist.PrefixStore(f"reeld/health/{run}/{launch.restart_count}", store)
@@ -166,7 +169,9 @@ def pick_device(kind: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu")
+        raise ValueError(
+            f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -184,7 +189,11 @@ def join(launch: Launch, *, device_kind: str) -> World:
     store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size))
     store.set_timeout(JOIN_TIMEOUT)
     dist.init_process_group(
-        backend, store=dist.PrefixStore("default", store), rank=rank, world_size=world_size, timeout=TENSOR_TIMEOUT
+        backend,
+        store=dist.PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=TENSOR_TIMEOUT,
     )
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     _join_xfuser(launch, backend)

@@ -1,0 +1,30 @@
+# Two commands matter on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## RabbitMQ, a virtual environment and the pinned packages; nothing to do when up to date
+	@ops/install.sh
+
+demo: ## install, then two videos and a dead letter on a private broker (REELD_AMQP_URL: on that one)
+	@ops/install.sh $(if $(REELD_AMQP_URL),--no-broker)
+	@$(BIN)/reeld demo $(ARGS)
+
+test: install ## install, then every test, with a real broker and real ranks (ARGS: pytest's arguments)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+check: install ## what a reviewer should not have to say: lint, format, types, who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_imports.py
+
+clean: ## remove what was made here, the virtual environment included (installed Debian packages stay)
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

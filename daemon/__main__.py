@@ -1,0 +1,61 @@
+"""Every rank's entry: `torchrun --nproc-per-node N -m daemon`, or as started by `reeld run`.
+
+The configuration file is named by REELD_CONFIG. Logs are set up before anything heavy is imported, because what
+torch, xfuser and DiffSynth print while they are imported belongs in the logs as well.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from daemon.config import load_config
+from daemon.errors import ConfigError, FatalError
+from daemon.logs import finish_logs, setup_logs
+
+CONFIG_VARIABLE = "REELD_CONFIG"
+
+
+def main() -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    path = os.environ.get(CONFIG_VARIABLE)
+    fault: ConfigError | None = None
+    config = None
+    try:
+        config = load_config(Path(path) if path else None)
+    except ConfigError as error:
+        fault = error
+    setup_logs(
+        format_=os.environ.get("REELD_LOG_FORMAT_RESOLVED") or (config.log.format if config else "auto"),
+        level=config.log.level if config else "info",
+        rank=rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        capture=True,
+    )
+    import structlog
+
+    log = structlog.get_logger("process")
+    try:
+        if config is None:
+            assert fault is not None
+            raise fault
+        from daemon.rank import run_rank
+
+        return run_rank(config)
+    except FatalError as error:
+        for line in str(error).splitlines():
+            log.critical("fatal", reason=line, exit_status=int(error.exit_status))
+        return int(error.exit_status)
+    except Exception:
+        # The one broad catch: the top of the process, which it ends.
+        log.exception("crashed")
+        return 1
+    finally:
+        finish_logs()
+
+
+if __name__ == "__main__":
+    status = main()
+    # Not sys.exit: interpreter shutdown would wait for threads that a broken process group holds.
+    sys.stdout.flush()
+    os._exit(status)

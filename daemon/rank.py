@@ -1,0 +1,229 @@
+"""A rank's life in four verbs: join, load, serve, leave. The one place that branches on rank.
+
+Leaves out the launcher, and what rank 0 does with a job (`daemon.coordinator`).
+"""
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from daemon import __version__
+from daemon.attempt import RankContext, attempt_plan
+from daemon.config import Config
+from daemon.connection import redacted
+from daemon.consumer import Consumer
+from daemon.coordinator import Coordinator
+from daemon.errors import ConfigError, ExitStatus, GroupBrokenError
+from daemon.health import HealthThread, RankState
+from daemon.models import check_models
+from daemon.publisher import Publisher
+from daemon.reporter import Reporter
+from daemon.storage import Storage
+from daemon.topology import Topology, apply_topology, check_topology, topology_of
+from parallel.engine import Stop, memory_bytes
+from parallel.model import LoadedModel, load_model
+from parallel.plan import Generate, Shutdown
+from parallel.profile import ModelFiles
+from parallel.world import HealthBoard, World, join, read_launch
+
+log = structlog.get_logger("process")
+
+# Set by `reeld run`. Then SIGUSR1 means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
+# the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
+LAUNCHER_VARIABLE = "REELD_LAUNCHER"
+
+
+def run_rank(config: Config) -> int:
+    """Joins, loads, serves and leaves. Returns the exit status; raises FatalError as documented there."""
+    launch = read_launch()
+    state = RankState()
+    files = check_models(config)
+    try:
+        world = join(launch, device_kind=config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    log.info("joined", device=str(world.device))
+    board = HealthBoard(launch)
+    try:
+        if world.rank == 0:
+            status = _coordinate(config, world, state, board, files)
+        else:
+            status = _follow(config, world, state, board, files)
+    except (GroupBrokenError, RuntimeError) as error:
+        # RuntimeError is what gloo raises when another rank is gone.
+        log.critical("group_broken", reason=str(error).splitlines()[0], exc_info=True)
+        return int(ExitStatus.GROUP_BROKEN)
+    world.leave()
+    log.info("left")
+    return status
+
+
+def _load(
+    config: Config, world: World, state: RankState, files: list[ModelFiles]
+) -> Mapping[str, LoadedModel]:
+    models: dict[str, LoadedModel] = {}
+    for each in files:
+        state.set("loading", phase=each.profile.name)
+        begun = time.monotonic()
+        try:
+            models[each.profile.name] = load_model(each, world=world, dtype=config.dtype)
+        except ValueError as error:
+            raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
+        log.info("model_loaded", model=each.profile.name, seconds=round(time.monotonic() - begun, 3))
+    return models
+
+
+def _follow(
+    config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]
+) -> int:
+    """A peer: waits for a command, generates, reports its outcome."""
+    _on_signals(drain=lambda _reason: None)
+    health = _health(config, world, state, board, publish=None)
+    context = RankContext(
+        world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds
+    )
+    while True:
+        state.set("idle")
+        match world.broadcast_command():
+            case Shutdown(reason=reason):
+                log.info("shutdown", reason=reason)
+                health.stop()
+                return int(ExitStatus.OK)
+            case Generate(plan=plan):
+                with structlog.contextvars.bound_contextvars(job_id=plan.job_id, attempt=plan.attempt):
+                    attempt_plan(plan, context, decide=lambda: Stop.NO, progress=_log_step)
+
+
+def _coordinate(
+    config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]
+) -> int:
+    """Rank 0: consumes, plans, broadcasts, generates, encodes, publishes, acks."""
+    topology = topology_of(config)
+    publisher = Publisher(config.broker, worker_id=config.worker_id)
+    reporter = Reporter(publisher, topology, worker_id=config.worker_id)
+    begun = time.time()
+    about = {
+        "pool": config.pool_name,
+        "versions": _versions(),
+        "models": [each.profile.name for each in files],
+        "world_size": world.world_size,
+    }
+    coordinator: Coordinator | None = None
+
+    def on_control(routing_key: str) -> None:
+        if coordinator is not None:
+            coordinator.control(routing_key)
+
+    consumer = Consumer(
+        config.broker,
+        topology,
+        worker_id=config.worker_id,
+        prepare=lambda connection: _prepare_topology(connection, topology, apply=config.topology.apply),
+        on_control=on_control,
+    )
+
+    def heartbeat(ranks: list[dict[str, Any]]) -> None:
+        own = ranks[0]
+        reporter.worker(
+            "heartbeat",
+            {
+                **about,
+                "state": own["state"],
+                "job_id": own.get("job_id"),
+                "consumer": consumer.status,
+                "uptime_seconds": round(time.time() - begun, 1),
+                "ranks": ranks,
+            },
+        )
+
+    publisher.start()
+    health = _health(config, world, state, board, publish=heartbeat)
+    context = RankContext(
+        world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds
+    )
+    coordinator = Coordinator(config, context, consumer, reporter, Storage(config.output.directory))
+    _on_signals(drain=coordinator.drain)
+    log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
+    reporter.worker("started", about)
+    consumer.start()
+    try:
+        reason = coordinator.serve()
+        reporter.worker("draining", {"reason": reason})
+        consumer.stop()
+        world.broadcast_command(Shutdown(reason))
+        status = int(ExitStatus.OK)
+    except GroupBrokenError:
+        raise
+    except BaseException:
+        consumer.stop(timeout_seconds=2)
+        raise
+    reporter.worker("stopped", {"exit_status": status})
+    health.stop()
+    publisher.stop()
+    return status
+
+
+def _prepare_topology(connection: Any, topology: Topology, *, apply: bool) -> None:
+    if apply:
+        differences = apply_topology(connection, topology)
+    else:
+        differences = check_topology(connection, topology)
+    if differences:
+        raise ConfigError(
+            "\n".join(["topology differs; see `reeld topology check`", *(each.text for each in differences)])
+        )
+
+
+def _health(
+    config: Config,
+    world: World,
+    state: RankState,
+    board: HealthBoard,
+    *,
+    publish: Callable[[list[dict[str, Any]]], None] | None,
+) -> HealthThread:
+    health = HealthThread(
+        rank=world.rank,
+        state=state,
+        board=board,
+        memory=lambda: memory_bytes(world.device),
+        interval_seconds=config.heartbeat_seconds,
+        publish=publish,
+    )
+    health.start()
+    return health
+
+
+def _on_signals(*, drain: Callable[[str], None]) -> None:
+    def handler(number: int, _frame: object) -> None:
+        drain(signal.Signals(number).name)
+
+    if os.environ.get(LAUNCHER_VARIABLE):
+        signal.signal(signal.SIGUSR1, handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the launcher, which drains
+    else:
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _log_step(phase: str, step: int, steps: int) -> None:
+    log.debug("step", phase=phase, step=step, steps=steps)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "diffsynth", "xfuser", "pika")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    return {
+        "reeld": __version__,
+        "python": python,
+        "system": platform.release(),
+        **{n: version(n) for n in names},
+    }

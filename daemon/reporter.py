@@ -1,0 +1,194 @@
+"""What the world hears of a job and of the worker: events, dead letters and copies on the retry ladder.
+
+Owns the content of every message that reeld publishes and where it goes. Leaves out how it is published
+(`daemon.publisher`) and when (`daemon.coordinator`).
+"""
+
+import time
+from typing import Any
+
+import structlog
+
+from daemon.consumer import Delivery
+from daemon.errors import ErrorCode, JobError
+from daemon.events import CONTENT_TYPE, Event, job_event, worker_event
+from daemon.job import Job
+from daemon.publisher import Message, Publisher
+from daemon.topology import Topology
+
+log = structlog.get_logger("job")
+
+ATTEMPT_HEADER = "x-reeld-attempt"
+_PROGRESS_INTERVAL_SECONDS = 1.0
+_PUBLISH_SECONDS = 60.0
+
+
+class Reporter:
+    """Publishes a worker's events, dead letters and retries."""
+
+    def __init__(self, publisher: Publisher, topology: Topology, *, worker_id: str) -> None:
+        self._publisher = publisher
+        self._topology = topology
+        self._worker_id = worker_id
+        self._progress_at = 0.0
+
+    def job(self, name: str, job: Job, data: dict[str, Any]) -> None:
+        """Offers a non-terminal event: it may be lost when the broker is away."""
+        event = job_event(
+            name,
+            job_id=job.job_id,
+            worker_id=self._worker_id,
+            data={"attempt": job.attempt, "worker_id": self._worker_id, **data},
+            traceparent=job.traceparent,
+        )
+        self._publisher.offer(self._message(event, persistent=False))
+
+    def progress(self, job: Job, data: dict[str, Any]) -> None:
+        """Offers a progress event, at most about one a second."""
+        now = time.monotonic()
+        if now - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
+            self._progress_at = now
+            self.job("progress", job, data)
+
+    def terminal(self, name: str, job: Job, data: dict[str, Any]) -> None:
+        """Publishes a terminal event, mandatory and confirmed, and to `reply_to` where the job has one.
+
+        Raises PublishError when it was not confirmed: then the job must not be acked.
+        """
+        event = job_event(
+            name,
+            job_id=job.job_id,
+            worker_id=self._worker_id,
+            data={
+                "attempt": job.attempt,
+                "worker_id": self._worker_id,
+                "metadata": job.message.metadata,
+                **data,
+            },
+            # The same job's same end has the same id, so that whoever sees a repeat knows it.
+            event_id=f"{job.job_id}:{name}:{job.request_digest[:16]}",
+            traceparent=job.traceparent,
+        )
+        self._publisher.publish(
+            self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS
+        )
+        if job.reply_to:
+            # Not mandatory: a caller that has gone away must not keep the job alive.
+            self._publisher.offer(
+                Message(
+                    exchange="",
+                    routing_key=job.reply_to,
+                    body=event.body,
+                    content_type=CONTENT_TYPE,
+                    type=event.type,
+                    message_id=event.event_id,
+                    correlation_id=job.correlation_id or job.job_id,
+                )
+            )
+
+    def failed(self, job: Job, delivery: Delivery, error: JobError) -> None:
+        """Publishes the dead letter, then the `failed` event. Raises PublishError as `terminal` does."""
+        self._dead_letter(delivery, error, job_id=job.job_id)
+        self.terminal("failed", job, _failure(error))
+
+    def failed_malformed(
+        self, delivery: Delivery, error: JobError, *, job_id: str | None, digest: str
+    ) -> None:
+        """The same for a message that is no job; without a job id there is nobody to send an event to."""
+        self._dead_letter(delivery, error, job_id=job_id)
+        if job_id is None:
+            return
+        event = job_event(
+            "failed",
+            job_id=job_id,
+            worker_id=self._worker_id,
+            data={"attempt": 1, "worker_id": self._worker_id, "metadata": {}, **_failure(error)},
+            event_id=f"{job_id}:failed:{digest[:16]}",
+        )
+        self._publisher.publish(
+            self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS
+        )
+
+    def retry_later(self, job: Job, delivery: Delivery, error: JobError, *, delay_seconds: int) -> None:
+        """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it did not get there."""
+        self.job(
+            "retrying",
+            job,
+            {"delay_seconds": delay_seconds, "code": str(error.code), "message": error.message},
+        )
+        self._publisher.publish(
+            Message(
+                exchange="",
+                routing_key=self._topology.retry_queue(delay_seconds),
+                body=delivery.body,
+                mandatory=True,
+                content_type=delivery.content_type or "application/json",
+                message_id=delivery.message_id,
+                correlation_id=delivery.correlation_id,
+                reply_to=delivery.reply_to,
+                headers={**_own_headers(delivery), ATTEMPT_HEADER: job.attempt + 1},
+            ),
+            timeout_seconds=_PUBLISH_SECONDS,
+        )
+
+    def worker(self, name: str, data: dict[str, Any]) -> None:
+        """Offers a `worker.*` event."""
+        event = worker_event(name, worker_id=self._worker_id, data={"worker_id": self._worker_id, **data})
+        self._publisher.offer(self._message(event, persistent=False))
+
+    def _dead_letter(self, delivery: Delivery, error: JobError, *, job_id: str | None) -> None:
+        headers = {
+            **_own_headers(delivery),
+            "x-reeld-code": str(error.code),
+            "x-reeld-message": error.message[:2000],
+            "x-reeld-path": error.path or "",
+            "x-reeld-retryable": error.retryable,
+            "x-reeld-worker": self._worker_id,
+        }
+        if job_id is not None:
+            headers["x-reeld-job-id"] = job_id
+        self._publisher.publish(
+            Message(
+                exchange=self._topology.dead_exchange,
+                routing_key=self._topology.pool,
+                body=delivery.body,
+                mandatory=True,
+                content_type=delivery.content_type or "application/json",
+                message_id=delivery.message_id,
+                correlation_id=delivery.correlation_id,
+                reply_to=delivery.reply_to,
+                headers=headers,
+            ),
+            timeout_seconds=_PUBLISH_SECONDS,
+        )
+
+    def _message(self, event: Event, *, persistent: bool, mandatory: bool = False) -> Message:
+        return Message(
+            exchange=self._topology.status_exchange,
+            routing_key=event.routing_key,
+            body=event.body,
+            content_type=CONTENT_TYPE,
+            type=event.type,
+            message_id=event.event_id,
+            persistent=persistent,
+            mandatory=mandatory,
+        )
+
+
+def _failure(error: JobError) -> dict[str, Any]:
+    return {
+        "code": str(error.code),
+        "message": error.message,
+        "path": error.path,
+        "retryable": error.retryable or error.code in (ErrorCode.WORKER_LOST,),
+    }
+
+
+def _own_headers(delivery: Delivery) -> dict[str, Any]:
+    # A copy that carries x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's.
+    return {
+        key: value
+        for key, value in delivery.headers.items()
+        if key not in ("x-death", "x-delivery-count", "x-acquired-count")
+        and not key.startswith(("x-first-death", "x-last-death"))
+    }

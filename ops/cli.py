@@ -1,0 +1,381 @@
+"""The `reeld` command: its sub-commands, their options, and how an error ends the process.
+
+Owns the command line. Each command's work is in a module of its own, imported only when the command runs, so
+that `reeld --help` answers at once. Leaves out everything that a command does.
+"""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from daemon.config import BrokerConfig
+
+EPILOG = """
+Exit statuses: 0 all went well; 1 something failed; 2 wrong usage; 3 the job failed or was cancelled;
+75 the broker is unavailable, try later; 77 the broker refused the credentials;
+78 the configuration, a model folder or the topology is wrong.
+"""
+
+app = typer.Typer(
+    name="reeld",
+    help="A video-generation worker: jobs come from RabbitMQ, DiffSynth's Wan pipelines run on all GPUs of a box.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+topology_app = typer.Typer(help="Plan, apply or check what the broker needs.", no_args_is_help=True)
+app.add_typer(topology_app, name="topology")
+
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
+
+
+class SchemaName(StrEnum):
+    """What `reeld schema` prints."""
+
+    JOB = "job"
+    ASYNCAPI = "asyncapi"
+
+
+UrlOption = Annotated[
+    str,
+    typer.Option(
+        "--url", envvar="REELD_AMQP_URL", help="The broker. A password is safer in the variable or a file."
+    ),
+]
+UrlFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--url-file", envvar="REELD_BROKER__URL_FILE", help="File with the URL; wins.", show_default=False
+    ),
+]
+CaFileOption = Annotated[
+    Path | None,
+    typer.Option("--ca-file", envvar="REELD_BROKER__CA_FILE", help="CA for amqps://.", show_default=False),
+]
+PrefixOption = Annotated[
+    str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
+]
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate configuration and model folders, and stop.")
+    ] = False,
+) -> None:
+    """Run the worker in the foreground, as systemd does. SIGTERM finishes the current job and ends with 0.
+
+    Examples:
+
+        reeld run --config /etc/reeld/reeld.toml
+
+        reeld run --config /etc/reeld/reeld.toml --check
+    """
+    from daemon.config import load_config
+
+    settings = load_config(config)
+    from daemon import launcher
+
+    if not check:
+        raise typer.Exit(launcher.run(settings, config))
+    launcher.check(settings)
+    for model in settings.models:
+        typer.echo(f"model {model.profile}: {model.path} is whole")
+    typer.echo("configuration is valid")
+
+
+@app.command()
+def submit(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    pool: Annotated[
+        str | None, typer.Option(envvar="REELD_POOL", help="Which workers: their `pool`.", show_default=False)
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file", "-f", metavar="JOB.json", help="A job as JSON, - for stdin; other options win over it."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="text_to_video or image_to_video; by default as --image says.", show_default=False),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="First frame: a URI, or a path as the worker sees it.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random without it; the result names the one used.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames; rounded up to 4n+1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="num_inference_steps.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="1 switches guidance off.")] = None,
+    sigma_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the video file.")] = None,
+    job_id: Annotated[str | None, typer.Option(help="Generated when absent; one id, one video.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The job's own time limit.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and print the result.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long --wait waits; the job goes on afterwards."),
+    ] = None,
+    validate: Annotated[bool, typer.Option(help="Check the job before publishing it.")] = True,
+) -> None:
+    """Publish a job; persistent, and confirmed by the broker. Prints its id.
+
+    What is left out takes the default of the worker's model profile.
+
+    Examples:
+
+        reeld submit --pool wan2.1-t2v-1.3b --prompt "a red fox runs through snow" --seed 7 --wait
+
+        reeld submit --pool wan2.1-i2v-14b-480p --image https://example.org/fox.png --prompt "it turns its head"
+
+        reeld submit --pool wan2.1-t2v-1.3b --file job.json
+    """
+    from ops import submission
+    from ops.failure import UsageError
+
+    if pool is None:
+        raise UsageError("give the worker's pool with --pool or REELD_POOL")
+    base = {} if file is None else submission.read_document(file)
+    if file is None and prompt is None:
+        raise UsageError("give --prompt, or a whole job with --file")
+    if task is None and "task" not in base:
+        task = "text_to_video" if image is None else "image_to_video"
+    document = submission.build_document(
+        base,
+        {
+            "job_id": job_id,
+            "task": task,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "inputs.input_image": None if image is None else submission.image_uri(image),
+            "parameters.seed": seed,
+            "parameters.height": height,
+            "parameters.width": width,
+            "parameters.num_frames": num_frames,
+            "parameters.num_inference_steps": steps,
+            "parameters.cfg_scale": cfg_scale,
+            "parameters.sigma_shift": sigma_shift,
+            "output.fps": fps,
+            "time_limit_seconds": time_limit,
+        },
+    )
+    broker = _broker(url, url_file, ca_file, prefix)
+    submission.submit(broker, pool, document, validate=validate, wait=wait, timeout_seconds=timeout)
+
+
+@app.command()
+def watch(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Only this job's events.")] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Only the workers' events, heartbeats included.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The events as they are, one JSON object a line.")
+    ] = False,
+) -> None:
+    """Follow events until Ctrl-C. Reconnects when the broker goes away.
+
+    Examples:
+
+        reeld watch
+
+        reeld watch --job 0198f0c2-7a51-7c3e-9a55-5f1f4b7a2f10
+
+        reeld watch --worker --json | jq .data.ranks
+    """
+    from ops import watch as command
+
+    command.watch(
+        _broker(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json
+    )
+
+
+@topology_app.command("plan")
+def topology_plan(config: ConfigOption = None) -> None:
+    """Print every exchange, queue and binding that the configuration asks for. Needs no broker.
+
+    Example:
+
+        reeld topology plan --config /etc/reeld/reeld.toml
+    """
+    from ops import topology
+
+    topology.plan(config)
+
+
+@topology_app.command("apply")
+def topology_apply(config: ConfigOption = None) -> None:
+    """Declare what is missing on the broker; never changes or deletes what is there.
+
+    Ends with 78 when something exists already but differently.
+
+    Example:
+
+        reeld topology apply --config /etc/reeld/reeld.toml
+    """
+    from ops import topology
+
+    topology.apply(config)
+
+
+@topology_app.command("check")
+def topology_check(config: ConfigOption = None) -> None:
+    """Compare the broker with the plan and print the differences; creates nothing. Ends with 78 if there are any.
+
+    Example:
+
+        reeld topology check --config /etc/reeld/reeld.toml
+    """
+    from ops import topology
+
+    topology.check(config)
+
+
+@app.command("tiny-model")
+def tiny_model(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write the two model folders into.")
+    ],
+) -> None:
+    """Write the tiny Wan models (text-to-video, image-to-video): real layouts, random weights, a few MB.
+
+    Example:
+
+        reeld tiny-model /tmp/tiny
+    """
+    from ops import tiny_model as command
+
+    for path in command.write(directory):
+        typer.echo(path)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    torch: Annotated[
+        bool, typer.Option("--torch", help="Also start torch and list the GPUs it sees (slow).")
+    ] = False,
+) -> None:
+    """Check everything the worker needs, and say how to mend what is wrong. Ends with 1 when something is.
+
+    Example:
+
+        reeld doctor --config /etc/reeld/reeld.toml --torch
+    """
+    from ops import doctor as command
+
+    if not command.doctor(config, with_torch=torch):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema(
+    what: Annotated[
+        SchemaName, typer.Argument(help="The job message, or the whole surface.")
+    ] = SchemaName.JOB,
+    prefix: PrefixOption = "reeld",
+) -> None:
+    """Print the JSON Schema of a job, or an AsyncAPI 3.0 document of everything that goes over the broker.
+
+    Examples:
+
+        reeld schema job > job.schema.json
+
+        reeld schema asyncapi > asyncapi.json
+    """
+    import json
+
+    from daemon.job import job_json_schema
+    from ops.asyncapi import asyncapi_document
+
+    document = job_json_schema() if what is SchemaName.JOB else asyncapi_document(prefix=prefix)
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where everything goes.")] = Path(
+        "demo-output"
+    ),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave broker and worker running until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show the whole path with a tiny model, a private broker and two ranks; needs no GPU.
+
+    A text-to-video job, an image-to-video job and a malformed one are published; every outcome is checked. With
+    REELD_AMQP_URL set that broker is used, under names of the demo's own that are deleted again.
+
+    Examples:
+
+        reeld demo
+
+        reeld demo --keep
+    """
+    from ops import demo as command
+
+    command.demo(directory, keep=keep)
+
+
+def _broker(url: str, url_file: Path | None, ca_file: Path | None, prefix: str) -> "BrokerConfig":
+    """The options that say where the broker is. Raises UsageError."""
+    from urllib.parse import urlsplit
+
+    import pydantic
+
+    from daemon.config import BrokerConfig
+    from ops.failure import UsageError
+
+    try:
+        broker = BrokerConfig(url=url, url_file=url_file, ca_file=ca_file, prefix=prefix)
+        urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False)
+        raise UsageError("\n".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in faults)) from error
+    except ValueError as error:
+        raise UsageError(f"--url: {error}") from error
+    return broker
+
+
+def main() -> NoReturn:
+    """The entry point: runs a command and ends the process with its status, never with an expected traceback."""
+    from ops.failure import report
+
+    # pika also logs what it raises; without a handler Python would print that.
+    logging.getLogger("pika").addHandler(logging.NullHandler())
+    try:
+        app(standalone_mode=True)
+    except Exception as error:  # noqa: BLE001 - the one broad catch of the command: `report` raises what it does not know
+        sys.exit(report(error))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
