@@ -25,6 +25,8 @@ from daemon import __version__
 from daemon.events import now
 
 LOCK_VARIABLE = "REELD_LOG_LOCK"
+# Begins a line that a rank has formatted already; the launcher passes it on as it is. (RFC 7464's record separator.)
+_FORMATTED = b"\x1e"
 CRASH_VARIABLE = "REELD_CRASH_DIRECTORY"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
@@ -36,15 +38,18 @@ class LineWriter:
     take turns by a lock on a file that the launcher names.
     """
 
-    def __init__(self, descriptor: int, lock_path: str | None) -> None:
+    def __init__(self, descriptor: int, lock_path: str | None, *, prefix: bytes = b"") -> None:
         self._descriptor = descriptor
+        self._prefix = prefix
         self._lock_file = (
             os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
         )
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        self.write_bytes(self._prefix + line.encode("utf-8", "backslashreplace") + b"\n")
+
+    def write_bytes(self, data: bytes) -> None:
         with self._lock:
             if self._lock_file is not None:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
@@ -64,7 +69,8 @@ class LineWriter:
 class _Capture:
     """A pipe in the place of file descriptors 1 and 2, and a thread that turns its lines into events."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: LineWriter) -> None:
+        self._output = output
         reader, writer = os.pipe()
         os.dup2(writer, 1)
         os.dup2(writer, 2)
@@ -80,7 +86,10 @@ class _Capture:
             # Progress bars rewrite their line with a carriage return.
             *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
             for line in lines:
-                self._emit(log, line)
+                if line.startswith(_FORMATTED):
+                    self._output.write_bytes(line[1:] + b"\n")
+                else:
+                    self._emit(log, line)
         self._emit(log, rest)
 
     def _emit(self, log: Any, line: bytes) -> None:
@@ -115,7 +124,11 @@ def setup_logs(
     `format_` is json, console, or auto (console on a terminal). `rank` is None in the launcher.
     """
     global _capture
-    writer = LineWriter(os.dup(2), os.environ.get(LOCK_VARIABLE))
+    # Under the launcher, fd 2 of a rank is the launcher's pipe.
+    inherited = rank is not None and LOCK_VARIABLE in os.environ
+    writer = LineWriter(
+        os.dup(2), os.environ.get(LOCK_VARIABLE) if inherited else None, prefix=_FORMATTED if inherited else b""
+    )
     console = format_ == "console" or (format_ == "auto" and writer.isatty())
     fixed = {
         "service": "reeld",
@@ -192,7 +205,7 @@ def setup_logs(
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.
         sys.stdout.flush()
         sys.stderr.flush()
-        _capture = _Capture()
+        _capture = _Capture(writer)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 

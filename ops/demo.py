@@ -45,7 +45,7 @@ from ops.submission import new_job_id
 from ops.worker_process import WorkerProcess
 
 POOL = "demo"
-WIDTH, HEIGHT, NUM_FRAMES, STEPS, FPS = 96, 64, 17, 8, 8
+WIDTH, HEIGHT, NUM_FRAMES, STEPS, FPS = 144, 96, 25, 10, 8
 _START_SECONDS = 120
 _JOBS_SECONDS = 300
 _STOP_SECONDS = 60

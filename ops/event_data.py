@@ -109,7 +109,7 @@ class RankHealth(_Data):
     job_id: str | None = None
     step: int | None = None
     steps: int | None = None
-    last_progress_age_seconds: float
+    last_progress_age_seconds: float | None = None
     memory_used_bytes: int | None = None
     memory_reserved_bytes: int | None = None
 

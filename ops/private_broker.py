@@ -122,13 +122,12 @@ class PrivateBroker:
 
     def stop(self, *, timeout_seconds: float = 30.0) -> None:
         """Stop the node as an operator would (SIGTERM) and wait; also ends epmd. Stopping twice is fine."""
-        if self._vm is not None:
-            if self._vm.poll() is None:
-                self._vm.terminate()
-                try:
-                    self._vm.wait(timeout_seconds)
-                except subprocess.TimeoutExpired:
-                    _kill_group(self._vm)
+        if self._vm is not None and self._vm.poll() is None:
+            self._vm.terminate()
+            try:
+                self._vm.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                _kill_group(self._vm)
         self._forget_vm()
         if self._epmd is not None:
             _kill_group(self._epmd)  # it holds nothing worth a clean end
@@ -269,7 +268,9 @@ class PrivateBroker:
             self._vm = _spawn([str(server)], environment, self.folder, log)
         self._wait_ready(self._vm, self._notify, ready_timeout_seconds)
 
-    def _wait_ready(self, vm: subprocess.Popen[bytes], notify: "_NotifySocket", timeout_seconds: float) -> None:
+    def _wait_ready(
+        self, vm: subprocess.Popen[bytes], notify: "_NotifySocket", timeout_seconds: float
+    ) -> None:
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             if "READY=1" in notify.receive(wait_seconds=0.1):
@@ -280,7 +281,8 @@ class PrivateBroker:
                     f" the end of {self.log_path}:\n{self._log_tail()}"
                 )
         raise PrivateBrokerError(
-            f"RabbitMQ was not ready after {timeout_seconds:g} s; the end of {self.log_path}:\n{self._log_tail()}"
+            f"RabbitMQ was not ready after {timeout_seconds:g} s;"
+            f" the end of {self.log_path}:\n{self._log_tail()}"
         )
 
     def _forget_vm(self) -> None:
@@ -289,7 +291,8 @@ class PrivateBroker:
             self._notify.close()
             self._notify = None
 
-    def _log_tail(self, lines: int = 15) -> str:
+    def _log_tail(self, lines: int = 60) -> str:
+        # Sixty: after the line with the reason, RabbitMQ still prints its crash report, some forty lines.
         try:
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:

@@ -62,7 +62,7 @@ class LiveDisplay:
                 self._progress.update(task, description=escape(progress_text(event.data, with_steps=False)))
             case "succeeded":
                 total = self._progress.tasks[task].total or 1
-                self._progress.update(task, completed=total, total=total, description=f"[green]{text}[/]")
+                self._progress.update(task, completed=total, total=total, description="[green]done[/]")
                 self._progress.stop_task(task)
             case "failed" | "cancelled":
                 self._progress.update(task, total=1, completed=0, steps="", description=f"[red]{text}[/]")

@@ -1,4 +1,4 @@
-"""The private broker: a real RabbitMQ that is ours alone, survives a kill with its data, and leaves nothing."""
+"""The private broker: a real RabbitMQ of our own that survives a kill with its data and leaves nothing."""
 
 import signal
 import socket
@@ -40,7 +40,7 @@ def test_a_virtual_host_sees_nothing_of_the_default_one(broker: PrivateBroker, v
 def test_rabbitmqctl_reaches_this_broker(broker: PrivateBroker) -> None:
     """Control commands go to this node; one that fails is an error with rabbitmqctl's own words."""
     assert str(broker.folder) in broker.ctl("environment")
-    with pytest.raises(PrivateBrokerError, match="no_such_vhost|does not exist"):
+    with pytest.raises(PrivateBrokerError, match=r"no_such_vhost|does not exist"):
         broker.ctl("delete_vhost", "nobody-made-this")
 
 
@@ -56,7 +56,7 @@ def test_a_killed_broker_comes_back_with_its_confirmed_messages(tmp_path: Path) 
             channel.basic_publish("", "kept", b"still here", DURABLE, mandatory=True)
             broker.kill()
             with pytest.raises(pika.exceptions.AMQPConnectionError):
-                connection.process_data_events(time_limit=10)  # type: ignore[arg-type]
+                connection.process_data_events(time_limit=10)
 
         broker.start()
         assert broker.amqp_url == url
@@ -104,9 +104,9 @@ def test_a_killed_runner_leaves_no_broker_behind(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """A configuration that RabbitMQ refuses ends in an error with the last lines of its log, not in a hang."""
+    """A configuration that RabbitMQ refuses ends in an error with the end of its log, not in a hang."""
     broker = PrivateBroker(tmp_path, plugins=(), config="no_such_setting = 1\n")
-    with pytest.raises(PrivateBrokerError, match="(?s)before it was ready.*no_such_setting"):
+    with pytest.raises(PrivateBrokerError, match=r"(?s)before it was ready.*no_such_setting"):
         broker.start()
     assert broker.pid is None
 
@@ -131,6 +131,7 @@ def test_a_port_taken_in_between_is_replaced_at_the_first_start(tmp_path: Path) 
 
 def receive(channel: "pika.adapters.blocking_connection.BlockingChannel", queue: str) -> bytes | None:
     """Consume one message: asking for a count or for a get is no proof on a quorum queue just restarted."""
+    body: bytes | None
     for method, _, body in channel.consume(queue, inactivity_timeout=20):
         if method is not None:
             channel.basic_ack(method.delivery_tag)
@@ -149,6 +150,6 @@ def still_alive(processes: set[psutil.Process], *, patience_seconds: float = 10.
 
 def runs(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
