@@ -1,7 +1,7 @@
 """Every rank's entry: `torchrun --nproc-per-node N -m daemon`, or as started by `reeld run`.
 
-The configuration file is named by REELD_CONFIG. Logs are set up before anything heavy is imported, because what
-torch, xfuser and DiffSynth print while they are imported belongs in the logs as well.
+The configuration file is named by REELD_CONFIG. Logs are set up before anything heavy is imported, because
+what torch, xfuser and DiffSynth print while they are imported belongs in the logs as well.
 """
 
 import os

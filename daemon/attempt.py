@@ -1,7 +1,7 @@
 """One attempt to generate a plan, on one rank, and what the ranks agree on afterwards.
 
-Owns turning a raised error into an outcome, waiting for the others' outcomes, and the verdict. Leaves out what the
-verdict means for the job (`daemon.coordinator`).
+Owns turning a raised error into an outcome, waiting for the others' outcomes, and the verdict. Leaves out
+what the verdict means for the job (`daemon.coordinator`).
 """
 
 from collections.abc import Callable, Mapping
@@ -46,8 +46,8 @@ def attempt_plan(
 ) -> tuple[Any, list[Outcome] | None]:
     """Called by every rank, after the command. Returns the frames and the outcomes of all ranks.
 
-    Rank 0 always gathers. A peer gathers only when its own part failed: when it went well there is nothing to wait
-    for but the next command. Raises GroupBrokenError when some rank does not report within the grace.
+    Rank 0 always gathers. A peer gathers only when its own part failed: when it went well there is nothing to
+    wait for but the next command. Raises GroupBrokenError when some rank does not report within the grace.
     """
 
     def on_progress(phase: str, step: int, steps: int) -> None:

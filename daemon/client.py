@@ -1,7 +1,8 @@
 """The other side of the exchanges: publishing jobs, following events, looking into queues.
 
-Owns what the `reeld` command does on the broker, with pika's errors translated. Each object owns one connection
-and is used by one thread. Leaves out the daemon's own consuming and publishing, and how anything is shown.
+Owns what the `reeld` command does on the broker, with pika's errors translated. Each object owns one
+connection and is used by one thread. Leaves out the daemon's own consuming and publishing, and how anything
+is shown.
 """
 
 import json
@@ -158,8 +159,8 @@ def publish_job(
 ) -> None:
     """Publishes one job: persistent, mandatory, confirmed.
 
-    Raises UnroutablePublishError when there is no such pool, PublishError when the broker refused the message (a
-    full queue) or did not confirm it in `broker.confirm_timeout_seconds`.
+    Raises UnroutablePublishError when there is no such pool, PublishError when the broker refused the message
+    (a full queue) or did not confirm it in `broker.confirm_timeout_seconds`.
     """
     properties = pika.BasicProperties(
         content_type="application/json",
@@ -174,7 +175,10 @@ def publish_job(
     )
     exchange = f"{broker.prefix}.jobs"
     address = redacted(broker.resolved_url())
-    no_pool = f"{address}: no pool {pool!r} behind the exchange {exchange}: start its worker, or `reeld topology apply`"
+    no_pool = (
+        f"{address}: no pool {pool!r} behind the exchange {exchange}: "
+        "start its worker, or `reeld topology apply`"
+    )
 
     def publish() -> None:
         connection = connect(broker, name="reeld submit")
@@ -200,7 +204,8 @@ def publish_job(
     _within(
         broker.connect_timeout_seconds + 5 + broker.confirm_timeout_seconds,
         publish,
-        f"{address}: the broker did not confirm the job in time (memory or disk alarm?); it may still be queued",
+        f"{address}: the broker did not confirm the job in time (memory or disk alarm?); "
+        "it may still be queued",
     )
 
 

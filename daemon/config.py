@@ -1,8 +1,9 @@
 """The configuration: one TOML file plus environment overrides, validated as a whole.
 
-Owns every setting, its default and its bounds. Environment variables are `REELD_` plus the path of the field with
-`__` between its parts (`REELD_BROKER__URL`); `REELD_AMQP_URL` is short for `REELD_BROKER__URL`. The environment
-is read here, once. Leaves out the job's own fields (`daemon.job`) and the model profiles (`parallel.profile`).
+Owns every setting, its default and its bounds. Environment variables are `REELD_` plus the path of the field
+with `__` between its parts (`REELD_BROKER__URL`); `REELD_AMQP_URL` is short for `REELD_BROKER__URL`. The
+environment is read here, once. Leaves out the job's own fields (`daemon.job`) and the model profiles
+(`parallel.profile`).
 """
 
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from daemon.errors import ConfigError
 
@@ -60,9 +61,11 @@ class BrokerConfig(Section):
         if self.url_file is None:
             return self.url
         try:
-            url = self.url_file.read_text().strip()
+            url = self.url_file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ConfigError(f"broker.url_file {self.url_file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"broker.url_file {self.url_file}: is not text") from error
         if not url.startswith(("amqp://", "amqps://")):
             raise ConfigError(f"broker.url_file {self.url_file}: holds no amqp:// or amqps:// URL")
         return url
@@ -74,6 +77,13 @@ class TopologyConfig(Section):
     retry_delays_seconds: tuple[Annotated[int, Field(ge=1, le=86400)], ...] = (10, 60, 300)
     max_length: int | None = Field(None, ge=1, description="most jobs that may wait; more are refused")
     unrouted_max_length: int = Field(10_000, ge=1)
+
+    @field_validator("retry_delays_seconds")
+    @classmethod
+    def _is_rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must rise")
+        return value
 
 
 class ModelConfig(Section):
@@ -139,13 +149,6 @@ class Config(BaseSettings):
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 
-    @model_validator(mode="after")
-    def _ladder_is_rising(self) -> "Config":
-        delays = self.topology.retry_delays_seconds
-        if list(delays) != sorted(set(delays)):
-            raise ValueError("topology.retry_delays_seconds must rise")
-        return self
-
     @property
     def pool_name(self) -> str:
         """The pool: `pool`, or the first model's profile name (a path's stem)."""
@@ -175,7 +178,7 @@ def load_config(path: Path | None) -> Config:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
                 f"{path}: {error.strerror}; give the path of reeld's TOML file with --config"
@@ -183,12 +186,14 @@ def load_config(path: Path | None) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
     short = os.environ.get("REELD_AMQP_URL")
-    if short and "REELD_BROKER__URL" not in os.environ:
+    if short and not os.environ.get("REELD_BROKER__URL"):
         broker = values.setdefault("broker", {})
         if isinstance(broker, dict):
             broker["url"] = short
     try:
         return Config(**values)
+    except SettingsError as error:  # a variable for a whole section or list that is not JSON
+        raise ConfigError(f"environment: {error}") from error
     except pydantic.ValidationError as error:
         where = path or "environment"
         faults = "\n".join(

@@ -1,6 +1,7 @@
 """Opening connections to the broker; the one place where pika's connection errors become reeld's.
 
-Owns the connection parameters, the translation of errors and the backoff. Leaves out what is done on a connection.
+Owns the connection parameters, the translation of errors and the backoff. Leaves out what is done on a
+connection.
 """
 
 import socket
@@ -33,8 +34,8 @@ def redacted(url: str) -> str:
 def connect(broker: BrokerConfig, *, name: str) -> BlockingConnection:
     """Opens a connection once.
 
-    Raises CredentialsError (user, password or virtual host refused), ConfigError (TLS on a plain port or the like)
-    and BrokerUnavailableError (anything that may pass).
+    Raises CredentialsError (user, password or virtual host refused), ConfigError (TLS on a plain port or the
+    like) and BrokerUnavailableError (anything that may pass).
     """
     url = broker.resolved_url()
     shown = redacted(url)
@@ -75,7 +76,8 @@ def connect_with_backoff(
 ) -> BlockingConnection | None:
     """Opens a connection, trying for ever with exponential backoff and full jitter. None when `stopped()`.
 
-    `on_retry(reason, delay_seconds)` is called before each pause. CredentialsError and ConfigError pass through.
+    `on_retry(reason, delay_seconds)` is called before each pause. CredentialsError and ConfigError pass
+    through.
     """
 
     def before_sleep(state: tenacity.RetryCallState) -> None:

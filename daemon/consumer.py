@@ -1,10 +1,11 @@
 """The consumer thread: one connection that only consumes and acks.
 
-Owns the deliveries and their fate (ack, or requeue), reconnecting with backoff, and the daemon's control queue.
-Leaves out publishing, which has a connection of its own (`daemon.publisher`): a broker's memory alarm blocks
-publishers and must not stop the acks.
+Owns the deliveries and their fate (ack, or requeue), reconnecting with backoff, and the daemon's control
+queue. Leaves out publishing, which has a connection of its own (`daemon.publisher`): a broker's memory alarm
+blocks publishers and must not stop the acks.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Delivery:
 
 
 class Consumer:
-    """Consumes one pool's job queue. `deliveries` holds what came, oldest first; None means: the thread ended.
+    """Consumes one pool's job queue. `deliveries` holds what came, oldest first; None: the thread ended.
 
     `prepare(connection)` runs after each connect, before consuming; it may raise ConfigError.
     """
@@ -97,10 +98,8 @@ class Consumer:
         self._stop.set()
         connection = self._connection
         if connection is not None and connection.is_open:
-            try:
+            with contextlib.suppress(LOST):
                 connection.add_callback_threadsafe(lambda: None)  # ends the wait
-            except LOST:
-                pass
         self._thread.join(timeout_seconds)
 
     def _settle(self, delivery: Delivery, what: str, settle: Callable[[BlockingChannel], None]) -> None:
@@ -162,7 +161,7 @@ class Consumer:
             log.info("consuming", queue=self._topology.jobs_queue)
             while not self._stop.is_set():
                 connection.process_data_events(time_limit=_TICK_SECONDS)
-                # process_data_events says nothing of a channel that the broker closed, nor of a cancelled consumer.
+                # process_data_events says nothing of a channel closed by the broker or a cancelled consumer.
                 if not self._channel.is_open or self._consumer_cancelled:
                     raise pika.exceptions.ChannelClosed(
                         0, "channel closed or consumer cancelled by the broker"
@@ -175,10 +174,8 @@ class Consumer:
             self.consuming.clear()
             self._connection = None
             self._channel = None
-            try:
+            with contextlib.suppress(LOST):
                 connection.close()
-            except LOST:
-                pass
         # A broker that accepts connections but refuses the consumer must not be hammered.
         self._stop.wait(0 if self._stop.is_set() else self._broker.backoff_initial_seconds)
 

@@ -63,14 +63,14 @@ class TransientJobError(JobError):
     retryable = True
 
 
-class JobCancelled(JobError):
+class JobCancelled(JobError):  # noqa: N818  nothing went wrong
     """Raised when somebody asked for the job's end."""
 
     def __init__(self) -> None:
         super().__init__(ErrorCode.CANCELLED, "cancelled on request")
 
 
-class JobHandedBack(ReeldError):
+class JobHandedBack(ReeldError):  # noqa: N818  nothing went wrong
     """Raised when the daemon must give an unfinished job back to the queue: it is not the job's fault."""
 
 

@@ -1,6 +1,7 @@
 """Events: CloudEvents 1.0 in JSON on the status exchange.
 
-Owns the event's envelope, its routing key and the names of the events. Leaves out publishing (`daemon.publisher`).
+Owns the event's envelope, its routing key and the names of the events. Leaves out publishing
+(`daemon.publisher`).
 Source of the format: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.md
 """
 

@@ -1,7 +1,7 @@
 """Health: what every rank says of itself, and rank 0's heartbeat for all of them.
 
-Owns the rank's state (written by the main thread, read by the health thread) and the heartbeat's content. Liveness
-means progress: the age of the last progress is what counts, not that this thread still ticks.
+Owns the rank's state (written by the main thread, read by the health thread) and the heartbeat's content.
+Liveness means progress: the age of the last progress is what counts, not that this thread still ticks.
 """
 
 import threading

@@ -1,11 +1,12 @@
 """A job: one JSON message, parsed at the edge into a frozen model.
 
-Owns the versioned schema `reeld.job/1` and its strict validation; a wrong field is named by its path. Leaves out
-what depends on the daemon's models and limits (`daemon.planning`).
+Owns the versioned schema `reeld.job/1` and its strict validation; a wrong field is named by its path. Leaves
+out what depends on the daemon's models and limits (`daemon.planning`).
 """
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -15,6 +16,8 @@ from daemon.errors import ErrorCode, PermanentJobError
 
 SCHEMA = "reeld.job/1"
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_MAX_DEPTH = 64
+_MAX_PATH_CHARACTERS = 200
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 
 
@@ -83,7 +86,8 @@ def job_json_schema() -> dict[str, Any]:
 def parse_job_message(body: bytes, *, max_body_bytes: int) -> JobMessage:
     """Parses and validates a message body.
 
-    Raises PermanentJobError(malformed_job), whose `path` is the first wrong field and whose message lists all.
+    Raises PermanentJobError(malformed_job), whose `path` is the first wrong field and whose message lists
+    all.
     """
     if len(body) > max_body_bytes:
         raise _malformed(f"the body has {len(body)} bytes; at most {max_body_bytes} are read", path="")
@@ -95,12 +99,13 @@ def parse_job_message(body: bytes, *, max_body_bytes: int) -> JobMessage:
         raise _malformed(f"the body is not JSON: {error}", path="") from error
     if not isinstance(document, dict):
         raise _malformed("the body must be one JSON object", path="")
+    _check_sendable(document, ())
     try:
         # Strict Python-mode validation would refuse JSON arrays for tuples, so validate as JSON.
         return JobMessage.model_validate_json(json.dumps(document), by_alias=True)
     except pydantic.ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
-        paths = [".".join(str(part) for part in fault["loc"]) for fault in faults]
+        paths = [_dotted(fault["loc"]) for fault in faults]
         text = "; ".join(f"{path}: {fault['msg']}" for path, fault in zip(paths, faults, strict=True))
         raise _malformed(text[:2000], path=paths[0]) from error
 
@@ -120,7 +125,7 @@ def make_job(
     correlation_id: str | None = None,
     traceparent: str | None = None,
 ) -> Job:
-    """Joins body and AMQP properties. Raises PermanentJobError(malformed_job) when there is no usable job_id."""
+    """Joins body and AMQP properties. Raises PermanentJobError(malformed_job) without a usable job_id."""
     job_id = message.job_id or message_id
     if job_id is None:
         raise _malformed(
@@ -165,7 +170,40 @@ def is_job_id(text: str) -> bool:
 
 
 def _malformed(message: str, *, path: str) -> PermanentJobError:
-    return PermanentJobError(ErrorCode.MALFORMED_JOB, message, path=path or "(body)")
+    # Bounded: the path holds the publisher's own field names, and goes into a header of the dead letter.
+    path = path[:_MAX_PATH_CHARACTERS] or "(body)"
+    return PermanentJobError(ErrorCode.MALFORMED_JOB, message, path=path)
+
+
+def _check_sendable(value: object, path: tuple[str | int, ...]) -> None:
+    """Refuses what Python's JSON reads but no event could echo: lone surrogates, 1e999, deep nesting."""
+    if len(path) > _MAX_DEPTH:
+        raise _malformed(f"nested deeper than {_MAX_DEPTH}", path=str(path[0]))
+    match value:
+        case str() if not _is_unicode(value):
+            raise _malformed("holds half of a surrogate pair, which is no character", path=_dotted(path))
+        case float() if not math.isfinite(value):
+            raise _malformed("the number is too large", path=_dotted(path))
+        case list():
+            for index, item in enumerate(value):
+                _check_sendable(item, (*path, index))
+        case dict():
+            for key, item in value.items():
+                if not _is_unicode(key):
+                    raise _malformed("a field's name holds half of a surrogate pair", path=_dotted(path))
+                _check_sendable(item, (*path, key))
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_constant(name: str) -> None:

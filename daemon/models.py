@@ -9,7 +9,7 @@ from parallel.profile import ModelFiles, ModelFolderError, check_model_folder, l
 
 
 def check_models(config: Config) -> list[ModelFiles]:
-    """Checks every model folder of the configuration. Raises ConfigError, in one line, for the first fault."""
+    """Checks every model folder of the configuration. Raises ConfigError, one line, for the first fault."""
     found: list[ModelFiles] = []
     offered: dict[str, str] = {}
     for model in config.models:

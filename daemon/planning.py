@@ -26,7 +26,7 @@ class Draft:
 def draft_plan(
     job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig, *, world_size: int
 ) -> Draft:
-    """Resolves everything of a job. Raises PermanentJobError, with the field's path, for what cannot be done."""
+    """Resolves all of a job. Raises PermanentJobError, with the field's path, for what cannot be done."""
     message, asked = job.message, job.message.parameters
     profile = _profile_for(message.task, profiles)
     defaults = profile.defaults

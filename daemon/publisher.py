@@ -1,8 +1,8 @@
 """The publisher thread: one connection with publisher confirms.
 
-Owns everything that reeld sends. `publish` means confirmed: it returns once the broker has the message, and tries
-again, on a new connection, until its deadline. `offer` is for what may be lost (progress, heartbeats). Leaves out
-what is sent (`daemon.events`) and consuming (`daemon.consumer`).
+Owns everything that reeld sends. `publish` means confirmed: it returns once the broker has the message, and
+tries again, on a new connection, until its deadline. `offer` is for what may be lost (progress, heartbeats).
+Leaves out what is sent (`daemon.events`) and consuming (`daemon.consumer`).
 """
 
 import concurrent.futures
@@ -73,8 +73,8 @@ class Publisher:
     def publish(self, message: Message, *, timeout_seconds: float) -> None:
         """Publishes and waits for the broker's confirm.
 
-        Raises UnroutablePublishError when a mandatory message reached no queue, PublishError when no confirm came
-        within `timeout_seconds`; the message may have arrived all the same.
+        Raises UnroutablePublishError when a mandatory message reached no queue, PublishError when no confirm
+        came within `timeout_seconds`; the message may have arrived all the same.
         """
         request = _Request(message, time.monotonic() + timeout_seconds, concurrent.futures.Future())
         self._requests.put(request)
@@ -84,7 +84,7 @@ class Publisher:
             raise PublishError(f"no confirm for {message.routing_key} within {timeout_seconds} s") from error
 
     def offer(self, message: Message) -> None:
-        """Publishes if that can be done soon; drops the message when the broker is away or blocks publishers."""
+        """Publishes if that can be done soon; drops it when the broker is away or blocks publishers."""
         if self._offered < _OFFERED_AT_MOST and self._channel is not None:
             self._offered += 1
             self._requests.put(message)
@@ -145,8 +145,6 @@ class Publisher:
                     request.done.set_exception(PublishError("the broker cannot be reached"))
                     return
                 self._basic_publish(request.message)
-                request.done.set_result(None)
-                return
             except pika.exceptions.UnroutableError:
                 text = f"{request.message.exchange!r} routed {request.message.routing_key!r} to no queue"
                 request.done.set_exception(UnroutablePublishError(text))
@@ -161,6 +159,9 @@ class Publisher:
                 if time.monotonic() >= request.deadline:
                     request.done.set_exception(PublishError(repr(error)))
                     return
+            else:
+                request.done.set_result(None)
+                return
 
     def _basic_publish(self, message: Message) -> None:
         assert self._channel is not None
@@ -215,10 +216,8 @@ class Publisher:
     def _close(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None and connection.is_open:
-            try:
+            with contextlib.suppress(LOST):
                 connection.close()
-            except LOST:
-                pass
 
     @staticmethod
     def _shut_socket(connection: Any) -> None:

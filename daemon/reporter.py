@@ -110,7 +110,7 @@ class Reporter:
         )
 
     def retry_later(self, job: Job, delivery: Delivery, error: JobError, *, delay_seconds: int) -> None:
-        """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it did not get there."""
+        """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it is not there."""
         self.job(
             "retrying",
             job,
@@ -185,7 +185,7 @@ def _failure(error: JobError) -> dict[str, Any]:
 
 
 def _own_headers(delivery: Delivery) -> dict[str, Any]:
-    # A copy that carries x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's.
+    # A copy with x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's.
     return {
         key: value
         for key, value in delivery.headers.items()

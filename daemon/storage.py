@@ -1,7 +1,8 @@
 """What a job leaves on disk: the video file and, after it, the manifest that says the job is done.
 
 Owns the layout of the output directory, `<directory>/<job_id>/video-<hash>.mp4` and `manifest.json`, and the
-order: file (temporary name, fsync, rename), then manifest (created only if there is none). Leaves out encoding.
+order: file (temporary name, fsync, rename), then manifest (created only if there is none). Leaves out
+encoding.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Storage:
 
     @contextmanager
     def temporary_video(self, job_id: str) -> Iterator[Path]:
-        """A name, in the job's folder, to write the video to; whatever is left there at the end is removed."""
+        """A name, in the job's folder, to write the video to; what is left there at the end is removed."""
         folder = self._directory / job_id
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,8 @@ class Storage:
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot be removed must not hide how the writing went
+                path.unlink()
 
     def keep_video(self, job_id: str, temporary: Path) -> StoredVideo:
         """Makes a written video durable under its name, which is its content's hash.
@@ -73,12 +75,13 @@ class Storage:
             size = temporary.stat().st_size
             temporary.rename(path)
             _fsync_folder(path.parent)
+            _fsync_folder(self._directory)  # the job's folder may be new
         except OSError as error:
             raise _unavailable(error) from error
         return StoredVideo(path=path.resolve(), sha256=sha256, bytes=size)
 
     def create_manifest(self, job_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Writes the manifest unless there is one. Returns the one that counts: this one, or the earlier one."""
+        """Writes the manifest unless there is one. Returns the one that counts: this or the earlier one."""
         folder = self._directory / job_id
         temporary = folder / f".{uuid.uuid4().hex}.manifest"
         try:
@@ -86,18 +89,18 @@ class Storage:
                 json.dump(manifest, file, ensure_ascii=False, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(temporary, folder / MANIFEST)  # fails when the name exists: the conditional create
-            except FileExistsError:
-                earlier = self.read_manifest(job_id)
-                if earlier is None:
-                    raise
-                return earlier
-            finally:
-                temporary.unlink(missing_ok=True)
+            os.link(temporary, folder / MANIFEST)  # fails when the name exists: the conditional create
             _fsync_folder(folder)
+        except FileExistsError as error:
+            earlier = self.read_manifest(job_id)
+            if earlier is None:
+                raise _unavailable(error) from error
+            return earlier
         except OSError as error:
             raise _unavailable(error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
         return manifest
 
 

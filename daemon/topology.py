@@ -1,6 +1,7 @@
 """The broker's objects that reeld needs: what they are, and declaring or checking them.
 
-Owns the names and arguments of every exchange, queue and binding. Leaves out connecting (`daemon.connection`).
+Owns the names and arguments of every exchange, queue and binding. Leaves out connecting
+(`daemon.connection`).
 """
 
 from collections.abc import Iterator
@@ -214,7 +215,7 @@ def _declare_each(
 
 
 def _attempt(connection: BlockingConnection, declare: Any) -> str | None:
-    """Runs one declaration on a channel of its own, because a refusal closes the channel. None when it held."""
+    """Runs one declaration on a channel of its own: a refusal closes the channel. None when it held."""
     channel: BlockingChannel = connection.channel()
     try:
         declare(channel)

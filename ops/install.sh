@@ -10,6 +10,7 @@
 set -eu
 
 cd "$(dirname "$0")/.."
+here=$(pwd -P)
 
 RABBITMQ=/usr/lib/rabbitmq/bin/rabbitmq-server
 STAMP=.venv/.reeld-installed
@@ -36,13 +37,6 @@ find_python() {
     done
 }
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"
-    elif command -v sudo >/dev/null; then sudo "$@"
-    else fail "$missing must be installed: run this as root, or install sudo"
-    fi
-}
-
 python=$(find_python)
 missing=
 if [ -z "$python" ]; then
@@ -61,11 +55,17 @@ missing=${missing# }
 
 if [ -n "$missing" ]; then
     command -v apt-get >/dev/null || fail "no apt-get here: install these by your own means: $missing"
+    sudo=
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || fail "neither root nor sudo; as root, run: apt-get install $missing"
+        sudo=sudo
+    fi
     say "installing with apt-get: $missing"
     # Installing rabbitmq-server would start a broker on this machine's own ports, now and at every boot. Nobody
     # asked for that: reeld starts a private one when it needs it. invoke-rc.d obeys policy-rc.d, so one that
     # forbids everything stands in for the machine's (if it has one) as long as apt-get runs.
-    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l sh -eu -s -- $missing <<'AS_ROOT' \
+    # shellcheck disable=SC2086 # both are lists of words
+    $sudo env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l sh -eu -s -- $missing <<'AS_ROOT' \
         || fail "apt-get could not install: $missing (its own words are above)"
 policy=/usr/sbin/policy-rc.d
 saved=
@@ -96,12 +96,13 @@ fi
 # --- the virtual environment -------------------------------------------------------------------------------
 
 wanted=$(cat requirements.lock pyproject.toml | sha256sum)
-wanted="${wanted%% *} $PWD" # an editable install and the scripts of .venv hold this path
-[ "$(cat "$STAMP" 2>/dev/null)" != "$wanted" ] || .venv/bin/python -c '' 2>/dev/null || rm -f "$STAMP"
-[ "$(cat "$STAMP" 2>/dev/null)" != "$wanted" ] || exit 0
+wanted="${wanted%% *} $here" # an editable install and the scripts of .venv hold this path
+if [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
 
 if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-    || [ "$(.venv/bin/python -c 'import sys; print(sys.prefix)')" != "$PWD/.venv" ] \
+    || [ "$(.venv/bin/python -c 'import sys; print(sys.prefix)')" != "$here/.venv" ] \
     || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     free_gib=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1048576))
     [ "$free_gib" -ge "$NEEDED_GIB" ] || fail "needs $NEEDED_GIB GiB of free disk here, there are $free_gib"

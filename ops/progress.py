@@ -39,8 +39,8 @@ class LiveDisplay:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[label]}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[steps]:>7}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[steps]:>5}"),
             TextColumn("{task.description}"),
             console=console,
         )
@@ -65,7 +65,9 @@ class LiveDisplay:
                 self._progress.update(task, completed=total, total=total, description="[green]done[/]")
                 self._progress.stop_task(task)
             case "failed" | "cancelled":
-                self._progress.update(task, total=1, completed=0, steps="", description=f"[red]{text}[/]")
+                # The whole message comes afterwards; here it would push the other bars out of line.
+                short = " ".join(str(word) for word in (event.name, event.data.get("code")) if word)
+                self._progress.update(task, total=1, completed=0, steps="", description=f"[red]{escape(short)}[/]")
                 self._progress.stop_task(task)
             case _:
                 self._progress.update(task, description=text)

@@ -16,7 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 def run_ranks(module: str, *, nproc_per_node: int, log_directory: Path) -> dict[int, int]:
     """Runs `python -m module` on every rank until all have ended, or one has failed and the rest were ended.
 
-    Returns the exit statuses of the ranks that failed, by rank (negative: the signal); empty when all went well.
+    Returns the exit statuses of the ranks that failed, by rank (negative: the signal); empty when all went
+    well.
     """
     launch = LaunchConfig(
         min_nodes=1,
@@ -26,7 +27,7 @@ def run_ranks(module: str, *, nproc_per_node: int, log_directory: Path) -> dict[
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
-        max_restarts=0,  # torchrun counts restarts over the daemon's whole life, so reeld restarts the group itself
+        max_restarts=0,  # torchrun counts restarts over its whole life, so reeld restarts the group itself
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(log_directory)),
         signals_to_handle="SIGQUIT",  # SIGTERM and SIGINT are the launcher's: they drain

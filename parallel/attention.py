@@ -1,9 +1,10 @@
 """Self-attention over a sequence that is spread over the ranks (DeepSpeed-Ulysses).
 
-Every rank holds a slice of the tokens. One fused all-to-all trades token slices for head slices of q, k and v, each
-rank attends over the whole sequence with its heads, and a second all-to-all trades back.
-Source: https://arxiv.org/abs/2309.14509. Leaves out the slicing itself, which DiffSynth's `model_fn_wan_video`
-does when `use_unified_sequence_parallel` is set; it pads the last slice, and the padding is not attended here.
+Every rank holds a slice of the tokens. One fused all-to-all trades token slices for head slices of q, k and
+v, each rank attends over the whole sequence with its heads, and a second all-to-all trades back.
+Source: https://arxiv.org/abs/2309.14509. Leaves out the slicing itself, which DiffSynth's
+`model_fn_wan_video` does when `use_unified_sequence_parallel` is set; it pads the last slice, and the padding
+is not attended here.
 """
 
 import types
@@ -23,7 +24,8 @@ def enable_ulysses(dit: WanModel) -> None:
 def _ulysses_forward(self: torch.nn.Module, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """`SelfAttention.forward` for a slice. Called by every rank.
 
-    x: (batch, slice, dim), this rank's tokens; freqs: (tokens, 1, head_dim / 2) complex, of the whole sequence.
+    x: (batch, slice, dim), this rank's tokens; freqs: (tokens, 1, head_dim / 2) complex, of the whole
+    sequence.
     Returns (batch, slice, dim).
     """
     from xfuser.core.distributed import get_sp_group

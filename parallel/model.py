@@ -1,7 +1,7 @@
 """A loaded model: DiffSynth's own pipeline, from a folder that its profile has checked.
 
-Owns loading through DiffSynth's loader, and what must be changed in the pipeline for several ranks. Leaves out the
-check of the folder (`parallel.profile`) and the generation (`parallel.engine`).
+Owns loading through DiffSynth's loader, and what must be changed in the pipeline for several ranks. Leaves
+out the check of the folder (`parallel.profile`) and the generation (`parallel.engine`).
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class LoadedModel:
 def load_model(files: ModelFiles, *, world: World, dtype: str) -> LoadedModel:
     """Called by every rank. Loads the model onto the rank's device.
 
-    Raises ValueError when the model cannot be split over the ranks, or when DiffSynth does not know the files.
+    Raises ValueError when the model cannot be split over the ranks, or when DiffSynth does not know the
+    files.
     """
     degrees = resolve_degrees(world_size=world.world_size, num_heads=files.profile.num_heads)
     register_tiny_models()

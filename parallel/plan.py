@@ -7,7 +7,7 @@ line can use it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,9 @@ class Shutdown:
 Command = Generate | Shutdown
 
 
+_PLAN_FIELDS = {field.name for field in fields(GenerationPlan)}
+
+
 def encode_command(command: Command) -> bytes:
     """Encodes a command as JSON, UTF-8."""
     match command:
@@ -65,15 +68,14 @@ def encode_command(command: Command) -> bytes:
 
 
 def decode_command(data: bytes) -> Command:
-    """Decodes `encode_command`'s bytes. Raises ValueError on an unknown command (ranks of two versions)."""
-    message = json.loads(data)
-    match message.get("command"):
-        case "generate":
-            return Generate(plan=GenerationPlan(**message["plan"]))
-        case "shutdown":
-            return Shutdown(reason=message["reason"])
+    """Decodes `encode_command`'s bytes. Raises ValueError on what this version does not know."""
+    match json.loads(data):
+        case {"command": "generate", "plan": dict(plan)} if plan.keys() == _PLAN_FIELDS:
+            return Generate(plan=GenerationPlan(**plan))
+        case {"command": "shutdown", "reason": str(reason)}:
+            return Shutdown(reason=reason)
         case other:
-            raise ValueError(f"unknown command {other!r}: are all ranks of one version of reeld?")
+            raise ValueError(f"unknown command {str(other)[:200]}: are all ranks of one version of reeld?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelDegrees:
-    """How one generation is split: `ulysses_degree == world_size` (CFG and ring splits are not offered yet)."""
+    """How one generation is split: `ulysses_degree == world_size` (no CFG or ring splits yet)."""
 
     world_size: int
     ulysses_degree: int

@@ -3,14 +3,15 @@
 A machine without RabbitMQ fails these tests. It never skips them.
 """
 
-import base64
-import secrets
-import urllib.request
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ops.private_broker import PrivateBroker
+from tests.harness import fresh_vhost
 
 
 @pytest.fixture(scope="session")
@@ -23,16 +24,15 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateBroker]:
 @pytest.fixture
 def vhost(broker: PrivateBroker) -> Iterator[str]:
     """The AMQP URL of a fresh virtual host, which is deleted with all that is in it after the test."""
-    name = f"test-{secrets.token_hex(6)}"
-    _management(broker, "PUT", f"/api/vhosts/{name}")
-    try:
-        yield broker.amqp_url.removesuffix("%2F") + name
-    finally:
-        _management(broker, "DELETE", f"/api/vhosts/{name}")
+    with fresh_vhost(broker) as url:
+        yield url
 
 
-def _management(broker: PrivateBroker, method: str, path: str) -> None:
-    request = urllib.request.Request(f"{broker.management_url}{path}", method=method)
-    request.add_header("Authorization", "Basic " + base64.b64encode(b"guest:guest").decode())
-    with urllib.request.urlopen(request, timeout=30) as response:  # raises on any status from 400
-        response.read()
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the tiny models, written once a run, in a process of its own: it needs torch."""
+    folder = tmp_path_factory.mktemp("models")
+    script = "import sys; from pathlib import Path; from parallel.tiny import write_tiny_model; "
+    script += "write_tiny_model(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
+    return folder

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pika
@@ -55,31 +56,33 @@ def test_a_job_that_is_refused_goes_to_the_dead_letter_queue(vhost: str) -> None
     settings, topology = BrokerConfig(url=vhost), a_topology()
     client.apply_on(settings, topology)
     client.publish_job(settings, pool="tiny", body=b"job", message_id="a")
-    connection = pika.BlockingConnection(pika.URLParameters(vhost))
-    channel = connection.channel()
-    for method, _, _ in channel.consume(topology.jobs_queue, inactivity_timeout=10):
-        assert method is not None
-        channel.basic_reject(method.delivery_tag, requeue=False)
-        break
-    for _, properties, body in channel.consume(topology.dead_queue, auto_ack=True, inactivity_timeout=10):
-        assert body == b"job"
-        assert properties.headers["x-death"][0]["reason"] == "rejected"
-        break
-    connection.close()
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        channel = connection.channel()
+        for method, _, _ in channel.consume(topology.jobs_queue, inactivity_timeout=10):
+            assert method is not None
+            channel.basic_reject(method.delivery_tag, requeue=False)
+            break
+        channel.cancel()
+        for method, properties, body in channel.consume(topology.dead_queue, inactivity_timeout=10):
+            assert method is not None
+            assert body == b"job"
+            assert properties.headers["x-death"][0]["reason"] == "rejected"
+            break
+        channel.cancel()
 
 
 def test_a_ladder_queue_gives_its_message_back_to_the_job_queue(vhost: str) -> None:
     settings, topology = BrokerConfig(url=vhost), a_topology(retry_delays_seconds=(1,))
     client.apply_on(settings, topology)
-    connection = pika.BlockingConnection(pika.URLParameters(vhost))
-    channel = connection.channel()
-    channel.confirm_delivery()
-    channel.basic_publish("", topology.retry_queue(1), b"again", mandatory=True)
-    for method, _, body in channel.consume(topology.jobs_queue, auto_ack=True, inactivity_timeout=20):
-        assert method is not None
-        assert body == b"again"
-        break
-    connection.close()
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        channel.basic_publish("", topology.retry_queue(1), b"again", mandatory=True)
+        for method, _, body in channel.consume(topology.jobs_queue, inactivity_timeout=20):
+            assert method is not None
+            assert body == b"again"
+            break
+        channel.cancel()
 
 
 def test_a_queue_that_differs_is_named_with_both_values_and_left_alone(vhost: str) -> None:
@@ -97,9 +100,8 @@ def test_a_queue_that_differs_is_named_with_both_values_and_left_alone(vhost: st
 
 
 def test_an_exchange_of_another_kind_differs(vhost: str) -> None:
-    connection = pika.BlockingConnection(pika.URLParameters(vhost))
-    connection.channel().exchange_declare("reeld.status", "fanout", durable=True)
-    connection.close()
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        connection.channel().exchange_declare("reeld.status", "fanout", durable=True)
     differences = client.check_on(BrokerConfig(url=vhost), a_topology())
     assert any(difference.text.startswith("~ exchange reeld.status: 406") for difference in differences)
 
@@ -107,9 +109,8 @@ def test_an_exchange_of_another_kind_differs(vhost: str) -> None:
 def test_one_missing_queue_is_found_and_mended(vhost: str) -> None:
     settings, topology = BrokerConfig(url=vhost), a_topology()
     client.apply_on(settings, topology)
-    connection = pika.BlockingConnection(pika.URLParameters(vhost))
-    connection.channel().queue_delete(topology.dead_queue)
-    connection.close()
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        connection.channel().queue_delete(topology.dead_queue)
     assert [difference.name for difference in client.check_on(settings, topology)] == [topology.dead_queue]
     assert client.apply_on(settings, topology) == []
     assert client.check_on(settings, topology) == []

@@ -1,0 +1,318 @@
+"""The whole path on 2 ranks: from a message in RabbitMQ to a video file, and what is seen meanwhile."""
+
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from ops.private_broker import PrivateBroker
+from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish, take, write_config
+
+
+class Running:
+    """A worker of 2 ranks with everything around it."""
+
+    def __init__(self, worker: Worker, ear: Ear, url: str, folder: Path) -> None:
+        self.worker, self.ear, self.url, self.folder = worker, ear, url, folder
+
+    def do(self, message: dict[str, Any], **properties: Any) -> dict[str, Any]:
+        publish(self.url, message, **properties)
+        return self.ear.terminal(message["job_id"], worker=self.worker).event
+
+    def pids(self) -> dict[int, int]:
+        return {line["rank"]: line["pid"] for line in self.worker.logs() if line["rank"] is not None}
+
+
+@pytest.fixture(scope="module")
+def running(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("path")
+    config = write_config(folder, models, nproc=2, topology="retry_delays_seconds = [1, 2]")
+    with fresh_vhost(broker) as url:
+        ear = Ear(url)
+        worker = Worker(config, url, folder)
+        try:
+            ear.wait(idle, worker=worker)
+            yield Running(worker, ear, url, folder)
+        finally:
+            worker.end()
+            ear.close()
+
+
+def _decoded(video: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    reader = imageio_ffmpeg.read_frames(video["path"])
+    meta = next(reader)
+    width, height = meta["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    return meta, np.stack(frames)
+
+
+def test_amqp_publish_makes_a_playable_video(running: Running, models: Path) -> None:
+    """A job published by `amqp-publish` ends as an H.264 file of the frames asked for."""
+    message = job(parameters={"seed": 3, "height": 64, "width": 96, "num_frames": 13, "num_inference_steps": 4})
+    subprocess.run(
+        ["amqp-publish", "-u", running.url, "-e", "reeld.jobs", "-r", "test", "-p", "-C", "application/json"],
+        input=json.dumps(message).encode(),
+        check=True,
+        timeout=30,
+    )
+    event = running.ear.terminal(message["job_id"], worker=running.worker).event
+    assert event["type"] == "reeld.job.succeeded", event
+    video = event["data"]["result"]["video"]
+    meta, frames = _decoded(video)
+    assert "h264" in meta["codec"]
+    assert meta["fps"] == 8
+    assert frames.shape == (13, 64, 96, 3)
+    assert (video["num_frames"], video["width"], video["height"], video["fps"]) == (13, 96, 64, 8)
+
+    reference = _reference(models / "tiny-t2v", message, running.folder)
+    error = np.mean((frames.astype(float) - reference) ** 2)
+    psnr = 10 * np.log10(255**2 / error)
+    other = np.mean((np.roll(frames, 1, axis=0).astype(float) - reference) ** 2)
+    # yuv420p halves the colour's resolution and x264 is lossy: near, and nearer than any other frame order.
+    assert psnr > 28, psnr
+    assert error < other / 4
+
+
+def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
+    import os
+    import sys
+
+    from safetensors.numpy import load_file
+
+    arguments = {
+        "prompt": message["prompt"],
+        "negative_prompt": "",
+        "cfg_scale": 5.0,
+        "sigma_shift": 5.0,
+        **message["parameters"],
+    }
+    case = {"name": "one", "model_folder": str(folder), "dtype": "float32", "input_image": None}
+    (work / "cases.json").write_text(json.dumps([{**case, "arguments": arguments}]))
+    script = Path(__file__).with_name("reference.py")
+    command = [sys.executable, str(script), str(work / "cases.json"), str(work / "reference.safetensors")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    frames = load_file(work / "reference.safetensors")["one"]
+    return np.clip((frames + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+def test_image_to_video_echoes_metadata_and_seed(running: Running) -> None:
+    """An image-to-video job reports the seed that rank 0 drew, and its metadata unchanged."""
+    image = running.folder / "first.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(image)
+    message = job(
+        task="image_to_video",
+        inputs={"input_image": image.as_uri()},
+        parameters={"num_frames": 9, "num_inference_steps": 3},
+        metadata={"customer": "é", "n": [1, 2]},
+    )
+    event = running.do(message)
+    assert event["type"] == "reeld.job.succeeded", event
+    assert event["data"]["metadata"] == {"customer": "é", "n": [1, 2]}
+    assert isinstance(event["data"]["result"]["plan"]["seed"], int)
+    assert _decoded(event["data"]["result"]["video"])[1].shape == (9, 64, 96, 3)
+
+
+def test_events_come_in_order(running: Running) -> None:
+    """accepted, started, progress and exactly one terminal event, each a CloudEvents 1.0 object."""
+    message = job(parameters={"seed": 1, "num_frames": 9, "num_inference_steps": 12})
+    running.do(message)
+    seen = running.ear.all(job_id=message["job_id"])
+    names = [each.name for each in seen]
+    assert names[:2] == ["accepted", "started"]
+    assert "progress" in names
+    assert names.count("succeeded") == 1
+    for each in seen:
+        assert {"specversion", "id", "source", "type", "subject", "time", "data"} <= set(each.event)
+        assert each.event["specversion"] == "1.0"
+        assert each.event["subject"] == message["job_id"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "path"),
+    [
+        ({"parameters": {"num_frames": "many"}}, "malformed_job", "parameters.num_frames"),
+        ({"surprise": 1}, "malformed_job", "surprise"),
+        ({"schema": "reeld.job/9"}, "malformed_job", "schema"),
+        ({"task": "image_to_video"}, "malformed_job", "inputs.input_image"),
+        ({"parameters": {"height": 4096, "width": 4096}}, "malformed_job", "parameters.height"),
+    ],
+)
+def test_bad_job_is_dead_lettered(running: Running, changed: dict[str, Any], code: str, path: str) -> None:
+    """A job that cannot be done is dead-lettered with code and path, told to its publisher, and never broadcast."""
+    message = job(**changed)
+    event = running.do(message)
+    assert event["type"] == "reeld.job.failed"
+    assert (event["data"]["code"], event["data"]["path"]) == (code, path)
+    letters = [
+        (properties, body)
+        for properties, body in take(running.url, "reeld.jobs.test.dead")
+        if json.loads(body)["job_id"] == message["job_id"]
+    ]
+    assert len(letters) == 1
+    assert letters[0][0].headers["x-reeld-code"] == code
+    assert letters[0][0].headers["x-reeld-path"] == path
+    assert not [line for line in running.worker.logs() if line["rank"] == 1 and line.get("job_id") == message["job_id"]]
+
+
+def test_not_json_without_id_is_dead_lettered(running: Running) -> None:
+    """Bytes that are no JSON and carry no id go to the dead-letter queue; the next job is done as ever."""
+    publish(running.url, b"\xff\xfe{")
+    assert running.do(job())["type"] == "reeld.job.succeeded"
+    codes = [properties.headers["x-reeld-code"] for properties, _ in take(running.url, "reeld.jobs.test.dead")]
+    assert codes == ["malformed_job"]
+
+
+def test_same_message_twice_is_one_video(running: Running) -> None:
+    """The same message delivered twice is generated once; the second time the same result is said again."""
+    message = job()
+    first = running.do(message)
+    count = running.ear.count
+    publish(running.url, message)
+    again = running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.succeeded", after=count, worker=running.worker
+    ).event
+    assert again["id"] == first["id"]
+    assert again["data"]["result"] == first["data"]["result"]
+    folder = Path(first["data"]["result"]["video"]["path"]).parent
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".mp4"]
+    assert len([e for e in running.ear.all(job_id=message["job_id"], name="started")]) == 1
+
+
+def test_other_request_under_the_same_id_is_refused(running: Running) -> None:
+    """A finished job_id with another request fails as job_id_conflict, and the first video stays."""
+    message = job()
+    video = running.do(message)["data"]["result"]["video"]
+    count = running.ear.count
+    publish(running.url, {**message, "prompt": "something else"})
+    failed = running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.failed", after=count, worker=running.worker
+    )
+    assert failed.data["code"] == "job_id_conflict"
+    assert Path(video["path"]).stat().st_size == video["bytes"]
+    take(running.url, "reeld.jobs.test.dead")
+
+
+def test_transient_failure_climbs_the_ladder(running: Running) -> None:
+    """An input that is not there yet: retried in place, then over the ladder, and done once it is there."""
+    image = running.folder / f"late-{uuid.uuid4().hex}.png"
+    message = job(task="image_to_video", inputs={"input_image": image.as_uri()})
+    publish(running.url, message)
+    running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.retrying" and seen.data["delay_seconds"] == 1,
+        worker=running.worker,
+    )
+    Image.new("RGB", (96, 64), "teal").save(image)
+    event = running.ear.terminal(message["job_id"], worker=running.worker).event
+    assert event["type"] == "reeld.job.succeeded", event
+    assert event["data"]["attempt"] > 1
+
+
+def test_cancel_stops_every_rank_at_the_same_step(running: Running) -> None:
+    """A cancel in mid-job ends it on all ranks with one `cancelled` event; the next job is clean."""
+    import pika
+
+    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 200, "height": 128, "width": 192})
+    publish(running.url, message)
+    running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.progress" and seen.data["phase"] == "denoise",
+        worker=running.worker,
+    )
+    connection = pika.BlockingConnection(pika.URLParameters(running.url))
+    connection.channel().basic_publish("reeld.control", f"cancel.{message['job_id']}", b"")
+    connection.close()
+    assert running.ear.terminal(message["job_id"], worker=running.worker).name == "cancelled"
+    assert running.do(job())["type"] == "reeld.job.succeeded"
+
+
+def test_reply_to_gets_the_terminal_event(running: Running) -> None:
+    """The terminal event also goes to the queue named by reply_to, with the correlation_id."""
+    import pika
+
+    connection = pika.BlockingConnection(pika.URLParameters(running.url))
+    channel = connection.channel()
+    reply = channel.queue_declare("", exclusive=True).method.queue
+    message = job()
+    publish(running.url, message, reply_to=reply, correlation_id="mine")
+    for _method, properties, body in channel.consume(reply, auto_ack=True, inactivity_timeout=60):
+        assert properties is not None, "no reply in 60 s"
+        assert properties.correlation_id == "mine"
+        assert json.loads(body)["type"] == "reeld.job.succeeded"
+        break
+    channel.cancel()
+    connection.close()
+
+
+def test_ten_jobs_in_a_row_keep_processes_and_memory(running: Running) -> None:
+    """Ten jobs later the processes are the same, and each rank's memory is what it was after the first of them."""
+    assert running.do(job())["type"] == "reeld.job.succeeded"
+    before = running.pids()
+    resident = {rank: psutil.Process(pid).memory_info().rss for rank, pid in before.items()}
+    for _ in range(10):
+        assert running.do(job())["type"] == "reeld.job.succeeded"
+    assert running.pids() == before
+    for rank, pid in before.items():
+        growth = psutil.Process(pid).memory_info().rss - resident[rank]
+        assert growth < 0.02 * resident[rank], f"rank {rank} grew by {growth / 1e6:.1f} MB"
+
+
+def test_heartbeats_name_every_rank_at_work_and_at_rest(running: Running) -> None:
+    """Heartbeats keep coming, with every rank in each, during a job and between jobs."""
+    message = job(parameters={"seed": 1, "num_frames": 17, "num_inference_steps": 60})
+    start = running.ear.count
+    running.do(message)
+    end = running.ear.count
+    running.ear.wait(idle, after=end, worker=running.worker)
+    beats = [each for each in running.ear.all(name="heartbeat")]
+    assert all([rank["rank"] for rank in beat.data["ranks"]] == [0, 1] for beat in beats)
+    during = [
+        each for each in running.ear.all()[start:end] if each.name == "heartbeat" and each.data["state"] == "generating"
+    ]
+    assert during, "no heartbeat while the job ran"
+    for rank in during[-1].data["ranks"]:
+        assert rank["job_id"] == message["job_id"]
+        assert rank["memory_used_bytes"] > 0
+        assert rank["last_progress_age_seconds"] < 30
+
+
+def test_killed_rank_0_loses_nothing(running: Running) -> None:
+    """Kill rank 0 in mid-job: the group comes back, the job is redelivered, and it ends once."""
+    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 40, "height": 128, "width": 192})
+    publish(running.url, message)
+    running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.progress" and seen.data["phase"] == "denoise",
+        worker=running.worker,
+    )
+    victim = running.pids()[0]
+    psutil.Process(victim).kill()
+    event = running.ear.terminal(message["job_id"], worker=running.worker, timeout=200).event
+    assert event["type"] == "reeld.job.succeeded", event
+    assert running.pids()[0] != victim
+    assert len(running.ear.all(job_id=message["job_id"], name="started")) == 2
+    assert len(running.ear.all(job_id=message["job_id"], name="succeeded")) == 1
+    assert running.worker.process.poll() is None, "the launcher lives on"
+
+
+def test_every_line_parses_from_start_to_drain(running: Running) -> None:
+    """SIGTERM drains and exits 0, and every line that any process wrote is JSON with the fields of the design."""
+    message = job(parameters={"seed": 1, "num_frames": 9, "num_inference_steps": 30})
+    publish(running.url, message)
+    running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.started", worker=running.worker, timeout=60
+    )
+    begun = time.monotonic()
+    assert running.worker.drain() == 0, running.worker.tail()
+    assert running.ear.terminal(message["job_id"], timeout=5).name == "succeeded"
+    logs = running.worker.logs()
+    assert {line["rank"] for line in logs} == {None, 0, 1}
+    captured = " ".join(line.get("text", "") for line in logs if line["event"] == "captured_output")
+    assert "Loading models from" in captured, "DiffSynth's prints are log lines"
+    assert time.monotonic() - begun < 60
