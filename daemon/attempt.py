@@ -56,9 +56,7 @@ def attempt_plan(
 
     frames, error = None, None
     try:
-        frames = generate_frames(
-            plan, context.models[plan.model], context.world, progress=on_progress, decide=decide
-        )
+        frames = generate_frames(plan, context.models[plan.model], context.world, progress=on_progress, decide=decide)
     except Exception as caught:  # noqa: BLE001  whatever the attempt raised becomes this rank's outcome
         error = caught
     outcome = outcome_of(error, context.world.rank)
@@ -92,9 +90,7 @@ def raise_for_outcomes(outcomes: list[Outcome]) -> None:
         case "hand_back":
             raise JobHandedBack
         case "time_limit_exceeded":
-            raise PermanentJobError(
-                ErrorCode.TIME_LIMIT_EXCEEDED, "the time limit ran out", path="time_limit_seconds"
-            )
+            raise PermanentJobError(ErrorCode.TIME_LIMIT_EXCEEDED, "the time limit ran out", path="time_limit_seconds")
         case "out_of_memory":
             raise PermanentJobError(ErrorCode.OUT_OF_MEMORY, text, path="parameters")
         case _:

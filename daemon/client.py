@@ -175,10 +175,7 @@ def publish_job(
     )
     exchange = f"{broker.prefix}.jobs"
     address = redacted(broker.resolved_url())
-    no_pool = (
-        f"{address}: no pool {pool!r} behind the exchange {exchange}: "
-        "start its worker, or `reeld topology apply`"
-    )
+    no_pool = f"{address}: no pool {pool!r} behind the exchange {exchange}: start its worker, or `reeld topology apply`"
 
     def publish() -> None:
         connection = connect(broker, name="reeld submit")
@@ -204,8 +201,7 @@ def publish_job(
     _within(
         broker.connect_timeout_seconds + 5 + broker.confirm_timeout_seconds,
         publish,
-        f"{address}: the broker did not confirm the job in time (memory or disk alarm?); "
-        "it may still be queued",
+        f"{address}: the broker did not confirm the job in time (memory or disk alarm?); it may still be queued",
     )
 
 
@@ -216,9 +212,7 @@ def take_dead_letter(broker: BrokerConfig, queue: str) -> DeadLetter | None:
         if method is None:
             return None
         channel.basic_ack(method.delivery_tag)
-        return DeadLetter(
-            body=body or b"", headers=dict(properties.headers or {}), message_id=properties.message_id
-        )
+        return DeadLetter(body=body or b"", headers=dict(properties.headers or {}), message_id=properties.message_id)
 
 
 def broker_facts(broker: BrokerConfig) -> BrokerFacts:
@@ -292,9 +286,7 @@ def _translated(error: Exception, address: str, what: str) -> FatalError | Broke
         if error.reply_code == ACCESS_REFUSED:
             return CredentialsError(f"{address}: {what}: {error.reply_text}")
         return ConfigError(f"{address}: {what}: {error.reply_code} {error.reply_text}")
-    return BrokerUnavailableError(
-        f"{address}: connection lost ({type(error).__name__} {error})".replace("\n", " ")
-    )
+    return BrokerUnavailableError(f"{address}: connection lost ({type(error).__name__} {error})".replace("\n", " "))
 
 
 def _within(seconds: float, work: Callable[[], None], late: str) -> None:

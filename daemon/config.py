@@ -29,12 +29,8 @@ class Section(BaseModel):
 class BrokerConfig(Section):
     """Where the broker is and how patient to be with it."""
 
-    url: str = Field(
-        "amqp://guest:guest@127.0.0.1:5672/%2F", description="amqp:// or amqps:// URL", repr=False
-    )
-    url_file: Path | None = Field(
-        None, description="file that holds the URL; wins over `url` (LoadCredential)"
-    )
+    url: str = Field("amqp://guest:guest@127.0.0.1:5672/%2F", description="amqp:// or amqps:// URL", repr=False)
+    url_file: Path | None = Field(None, description="file that holds the URL; wins over `url` (LoadCredential)")
     ca_file: Path | None = None
     prefix: Name = Field("reeld", description="prefix of every exchange and queue")
     heartbeat_seconds: int = Field(30, ge=5, le=600)
@@ -130,17 +126,13 @@ class Config(BaseSettings):
         env_prefix="REELD_", env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
     )
 
-    pool: Name | None = Field(
-        None, description="what this daemon makes; by default the first model's profile"
-    )
+    pool: Name | None = Field(None, description="what this daemon makes; by default the first model's profile")
     worker_id: Name = Field(default_factory=lambda: socket.gethostname().replace("_", "-") or "worker")
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     heartbeat_seconds: float = Field(5, gt=0, le=60)
-    work_directory: Path = Field(
-        Path("/var/lib/reeld/work"), description="staged inputs; shared between nodes"
-    )
+    work_directory: Path = Field(Path("/var/lib/reeld/work"), description="staged inputs; shared between nodes")
     broker: BrokerConfig = BrokerConfig()
     topology: TopologyConfig = TopologyConfig()
     models: tuple[ModelConfig, ...] = Field(min_length=1)
@@ -180,9 +172,7 @@ def load_config(path: Path | None) -> Config:
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(
-                f"{path}: {error.strerror}; give the path of reeld's TOML file with --config"
-            ) from error
+            raise ConfigError(f"{path}: {error.strerror}; give the path of reeld's TOML file with --config") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
     short = os.environ.get("REELD_AMQP_URL")

@@ -53,9 +53,7 @@ def connect(broker: BrokerConfig, *, name: str) -> BlockingConnection:
     except pika.exceptions.ProbableAuthenticationError as error:
         raise CredentialsError(f"{shown}: the broker refused the user or the password") from error
     except pika.exceptions.ProbableAccessDeniedError as error:
-        raise CredentialsError(
-            f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}"
-        ) from error
+        raise CredentialsError(f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}") from error
     except ssl.SSLError as error:
         raise ConfigError(
             f"{shown}: TLS failed ({error.reason or error}): wrong port, or a missing ca_file?"

@@ -89,16 +89,14 @@ class Consumer:
 
     def requeue(self, delivery: Delivery) -> None:
         """Gives a delivery back: it is not the job's fault."""
-        self._settle(
-            delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True)
-        )
+        self._settle(delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True))
 
     def stop(self, *, timeout_seconds: float = 10) -> None:
         """Settles what is pending, closes the connection and ends the thread. Unacked deliveries go back."""
         self._stop.set()
         connection = self._connection
         if connection is not None and connection.is_open:
-            with contextlib.suppress(LOST):
+            with contextlib.suppress(*LOST):
                 connection.add_callback_threadsafe(lambda: None)  # ends the wait
         self._thread.join(timeout_seconds)
 
@@ -110,9 +108,7 @@ class Consumer:
             channel = self._channel
             try:
                 if delivery.generation != self._generation or channel is None or not channel.is_open:
-                    log.warning(
-                        "stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it"
-                    )
+                    log.warning("stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it")
                     return
                 settle(channel)
                 log.debug("delivery_settled", how=what, delivery_tag=delivery.delivery_tag)
@@ -163,9 +159,7 @@ class Consumer:
                 connection.process_data_events(time_limit=_TICK_SECONDS)
                 # process_data_events says nothing of a channel closed by the broker or a cancelled consumer.
                 if not self._channel.is_open or self._consumer_cancelled:
-                    raise pika.exceptions.ChannelClosed(
-                        0, "channel closed or consumer cancelled by the broker"
-                    )
+                    raise pika.exceptions.ChannelClosed(0, "channel closed or consumer cancelled by the broker")
             self._drain_callbacks(connection)
         except LOST as error:
             self.status = f"connection lost: {type(error).__name__}"
@@ -174,7 +168,7 @@ class Consumer:
             self.consuming.clear()
             self._connection = None
             self._channel = None
-            with contextlib.suppress(LOST):
+            with contextlib.suppress(*LOST):
                 connection.close()
         # A broker that accepts connections but refuses the consumer must not be hammered.
         self._stop.wait(0 if self._stop.is_set() else self._broker.backoff_initial_seconds)
@@ -214,9 +208,7 @@ class Consumer:
             )
         )
 
-    def _on_control_message(
-        self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes
-    ) -> None:
+    def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes) -> None:
         self._on_control(method.routing_key)
 
     def _on_cancel(self, _frame: Any) -> None:

@@ -150,9 +150,7 @@ class Coordinator:
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
         self._reporter.job("accepted", job, {})
-        draft = draft_plan(
-            job, self._profiles, self._config.limits, world_size=self._context.world.world_size
-        )
+        draft = draft_plan(job, self._profiles, self._config.limits, world_size=self._context.world.world_size)
         plan = self._stage(job, draft)
         staged = time.monotonic()
         try:
@@ -173,10 +171,7 @@ class Coordinator:
         manifest = self._storage.read_manifest(job.job_id)
         if manifest is None:
             return False
-        if manifest["request_digest"] != job.request_digest:
-            raise PermanentJobError(
-                ErrorCode.JOB_ID_CONFLICT, "another request was already made under this job_id", path="job_id"
-            )
+        _check_same_request(manifest, job)
         log.info("job_already_done", redelivered=delivery.redelivered)
         return self._publish(
             delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
@@ -208,9 +203,7 @@ class Coordinator:
             error = state.outcome.exception() if state.outcome else None
             delay = state.next_action.sleep if state.next_action else 0.0
             if isinstance(error, JobError):
-                log.warning(
-                    "retrying_in_place", code=str(error.code), reason=error.message, delay_seconds=delay
-                )
+                log.warning("retrying_in_place", code=str(error.code), reason=error.message, delay_seconds=delay)
                 self._reporter.job(
                     "retrying",
                     job,
@@ -221,20 +214,19 @@ class Coordinator:
             retry=tenacity.retry_if_exception_type(TransientJobError),
             stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
-            sleep=self._hand_back.wait,
+            sleep=self._wait,
             before_sleep=before_sleep,
             reraise=True,
         )
 
+    def _wait(self, seconds: float) -> None:
+        self._hand_back.wait(seconds)  # a second SIGTERM ends a backoff as well
+
     def _generate(self, job: Job, plan: GenerationPlan) -> Any:
         world = self._context.world
         degrees = self._context.models[plan.model].degrees
-        self._reporter.job(
-            "started", job, {"ulysses_degree": degrees.ulysses_degree, "world_size": degrees.world_size}
-        )
-        log.info(
-            "job_started", height=plan.height, width=plan.width, num_frames=plan.num_frames, seed=plan.seed
-        )
+        self._reporter.job("started", job, {"ulysses_degree": degrees.ulysses_degree, "world_size": degrees.world_size})
+        log.info("job_started", height=plan.height, width=plan.width, num_frames=plan.num_frames, seed=plan.seed)
         deadline = time.monotonic() + plan.time_limit_seconds
 
         def decide() -> Stop:
@@ -347,17 +339,12 @@ class Coordinator:
             return counted
 
         manifest = self._in_place(job, self._config.limits.io_attempts)(write)
-        if manifest["request_digest"] != job.request_digest:
-            raise PermanentJobError(
-                ErrorCode.JOB_ID_CONFLICT, "another request was already made under this job_id", path="job_id"
-            )
+        _check_same_request(manifest, job)
         confirmed = self._publish(
             delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
         )
         if confirmed:
-            log.info(
-                "job_succeeded", video=manifest["result"]["video"]["path"], **manifest["result"]["timings"]
-            )
+            log.info("job_succeeded", video=manifest["result"]["video"]["path"], **manifest["result"]["timings"])
         return confirmed
 
     def _retry_or_fail(self, job: Job, delivery: Delivery, error: TransientJobError) -> bool:
@@ -366,9 +353,7 @@ class Coordinator:
             return self._fail(job, delivery, error)
         delay = ladder[job.attempt - 1]
         log.warning("job_retried_later", code=str(error.code), reason=error.message, delay_seconds=delay)
-        return self._publish(
-            delivery, lambda: self._reporter.retry_later(job, delivery, error, delay_seconds=delay)
-        )
+        return self._publish(delivery, lambda: self._reporter.retry_later(job, delivery, error, delay_seconds=delay))
 
     def _fail(self, job: Job, delivery: Delivery, error: JobError) -> bool:
         log.error("job_failed", code=str(error.code), reason=error.message, path=error.path)
@@ -388,7 +373,7 @@ class Coordinator:
         try:
             publish()
         except PublishError as error:
-            log.error("publish_failed", reason=str(error), consequence="the job is requeued, not acked")
+            log.warning("publish_failed", reason=str(error), consequence="the job is requeued, not acked")
             self._consumer.requeue(delivery)
             return False
         return True
@@ -409,9 +394,16 @@ class _StepClock:
         return round((now_ - first_time) / (step - first_step), 4) if step > first_step else None
 
 
+def _check_same_request(manifest: dict[str, Any], job: Job) -> None:
+    if manifest["request_digest"] != job.request_digest:
+        raise PermanentJobError(
+            ErrorCode.JOB_ID_CONFLICT, "another request was already made under this job_id", path="job_id"
+        )
+
+
 def _attempt_of(delivery: Delivery) -> int:
     attempt = delivery.headers.get(ATTEMPT_HEADER, 1)
-    return attempt if isinstance(attempt, int) and attempt >= 1 else 1
+    return attempt if type(attempt) is int and attempt >= 1 else 1
 
 
 def _text_header(delivery: Delivery, name: str) -> str | None:

@@ -47,9 +47,7 @@ def stage_image(uri: str, target: Path, config: InputsConfig, *, path: str) -> N
 def _fetch(uri: str, config: InputsConfig, path: str) -> bytes:
     scheme = uri.partition(":")[0].lower()
     if scheme not in config.schemes:
-        raise _rejected(
-            f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path
-        )
+        raise _rejected(f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path)
     match scheme:
         case "file":
             return _read_file(uri, config, path)
@@ -128,9 +126,7 @@ def _check_peer(sock: socket.socket) -> None:
         raise _ForbiddenAddressError(str(address))
 
 
-def _pool_manager(
-    schemes: tuple[str, ...], on_connect: Callable[[socket.socket], None]
-) -> urllib3.PoolManager:
+def _pool_manager(schemes: tuple[str, ...], on_connect: Callable[[socket.socket], None]) -> urllib3.PoolManager:
     """A pool manager that shows `on_connect` every new connection; redirects lead to `schemes` only."""
 
     class WatchedHTTPConnection(HTTPConnection):
@@ -152,14 +148,10 @@ def _pool_manager(
         ConnectionCls = WatchedHTTPSConnection
 
     # Retry-After is not obeyed here: the server would choose how long the GPUs wait.
-    retries = urllib3.Retry(
-        connect=0, read=0, redirect=3, status=0, other=0, respect_retry_after_header=False
-    )
+    retries = urllib3.Retry(connect=0, read=0, redirect=3, status=0, other=0, respect_retry_after_header=False)
     manager = urllib3.PoolManager(num_pools=4, retries=retries)
     manager.pool_classes_by_scheme = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
-    manager.key_fn_by_scheme = {
-        name: key for name, key in manager.key_fn_by_scheme.items() if name in schemes
-    }
+    manager.key_fn_by_scheme = {name: key for name, key in manager.key_fn_by_scheme.items() if name in schemes}
     return manager
 
 
@@ -184,9 +176,7 @@ def _get_http(uri: str, config: InputsConfig, path: str) -> bytes:
     guard.daemon = True
     guard.start()
     manager = _pool_manager(config.schemes, on_connect)
-    timeout = urllib3.Timeout(
-        connect=min(10.0, config.timeout_seconds), read=min(15.0, config.timeout_seconds)
-    )
+    timeout = urllib3.Timeout(connect=min(10.0, config.timeout_seconds), read=min(15.0, config.timeout_seconds))
     try:
         with manager.request("GET", uri, preload_content=False, timeout=timeout) as response:
             if response.status >= 500 or response.status in (408, 425, 429):
@@ -224,9 +214,7 @@ def _check_image(data: bytes, config: InputsConfig, path: str) -> None:
             with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
                 # The header alone is read so far: a bomb is refused before it is decoded.
                 if image.width * image.height > config.max_pixels:
-                    raise _rejected(
-                        f"{image.width}x{image.height} is more than {config.max_pixels} pixels", path
-                    )
+                    raise _rejected(f"{image.width}x{image.height} is more than {config.max_pixels} pixels", path)
                 image.load()
     except PermanentJobError:
         raise

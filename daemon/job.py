@@ -55,9 +55,7 @@ class JobMessage(_Message):
     negative_prompt: str | None = None
     parameters: Parameters = Parameters()
     inputs: Inputs = Inputs()
-    loras: tuple[dict[str, Any], ...] = Field(
-        (), max_length=0, description="not supported yet: must be empty"
-    )
+    loras: tuple[dict[str, Any], ...] = Field((), max_length=0, description="not supported yet: must be empty")
     output: Output = Output()
     time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     metadata: dict[str, Any] = Field(default_factory=dict, description="echoed back in every event")

@@ -41,9 +41,7 @@ class LineWriter:
     def __init__(self, descriptor: int, lock_path: str | None, *, prefix: bytes = b"") -> None:
         self._descriptor = descriptor
         self._prefix = prefix
-        self._lock_file = (
-            os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
-        )
+        self._lock_file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
@@ -127,7 +125,9 @@ def setup_logs(
     # Under the launcher, fd 2 of a rank is the launcher's pipe.
     inherited = rank is not None and LOCK_VARIABLE in os.environ
     writer = LineWriter(
-        os.dup(2), os.environ.get(LOCK_VARIABLE) if inherited else None, prefix=_FORMATTED if inherited else b""
+        os.dup(2),
+        os.environ.get(LOCK_VARIABLE) if inherited else None,
+        prefix=_FORMATTED if inherited else b"",
     )
     console = format_ == "console" or (format_ == "auto" and writer.isatty())
     fixed = {

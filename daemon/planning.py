@@ -23,9 +23,7 @@ class Draft:
     image_uri: str | None
 
 
-def draft_plan(
-    job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig, *, world_size: int
-) -> Draft:
+def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig, *, world_size: int) -> Draft:
     """Resolves all of a job. Raises PermanentJobError, with the field's path, for what cannot be done."""
     message, asked = job.message, job.message.parameters
     profile = _profile_for(message.task, profiles)
@@ -38,13 +36,9 @@ def draft_plan(
     _at_most(num_frames, limits.max_num_frames, "parameters.num_frames", "frames")
     _at_most(steps, limits.max_num_inference_steps, "parameters.num_inference_steps", "steps")
     _at_most(len(message.prompt), limits.max_prompt_characters, "prompt", "characters")
-    _at_most(
-        len(message.negative_prompt or ""), limits.max_prompt_characters, "negative_prompt", "characters"
-    )
+    _at_most(len(message.negative_prompt or ""), limits.max_prompt_characters, "negative_prompt", "characters")
     _check_image(message.task, message.inputs.input_image)
-    tokens = (
-        ((num_frames - 1) // 4 + 1) * (height // profile.height_multiple) * (width // profile.width_multiple)
-    )
+    tokens = ((num_frames - 1) // 4 + 1) * (height // profile.height_multiple) * (width // profile.width_multiple)
     try:
         check_sequence(num_tokens=tokens, world_size=world_size)
     except ValueError as error:
@@ -55,9 +49,7 @@ def draft_plan(
         task=message.task,
         model=profile.name,
         prompt=message.prompt,
-        negative_prompt=defaults.negative_prompt
-        if message.negative_prompt is None
-        else message.negative_prompt,
+        negative_prompt=defaults.negative_prompt if message.negative_prompt is None else message.negative_prompt,
         # Resolved here, once: with seed=None every rank would draw noise of its own.
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**32),
         height=height,
@@ -68,9 +60,7 @@ def draft_plan(
         sigma_shift=asked.sigma_shift or defaults.sigma_shift,
         switch_boundary=0.875 if profile.switch_boundary is None else profile.switch_boundary,
         input_image=None,
-        time_limit_seconds=min(
-            message.time_limit_seconds or limits.time_limit_seconds, limits.time_limit_seconds
-        ),
+        time_limit_seconds=min(message.time_limit_seconds or limits.time_limit_seconds, limits.time_limit_seconds),
     )
     return Draft(plan=plan, fps=message.output.fps or defaults.fps, image_uri=message.inputs.input_image)
 
@@ -97,9 +87,7 @@ def _check_image(task: str, uri: str | None) -> None:
 
 def _at_most(value: int, limit: int, path: str, unit: str) -> None:
     if value > limit:
-        raise PermanentJobError(
-            ErrorCode.MALFORMED_JOB, f"{value} {unit}; this worker allows {limit}", path=path
-        )
+        raise PermanentJobError(ErrorCode.MALFORMED_JOB, f"{value} {unit}; this worker allows {limit}", path=path)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -61,6 +61,7 @@ class Publisher:
         self._worker_id = worker_id
         self._requests: queue.SimpleQueue[_Request | Message | None] = queue.SimpleQueue()
         self._offered = 0
+        self._next_try = 0.0
         self._stop = threading.Event()
         self._connection: BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
@@ -85,7 +86,7 @@ class Publisher:
 
     def offer(self, message: Message) -> None:
         """Publishes if that can be done soon; drops it when the broker is away or blocks publishers."""
-        if self._offered < _OFFERED_AT_MOST and self._channel is not None:
+        if self._offered < _OFFERED_AT_MOST:
             self._offered += 1
             self._requests.put(message)
 
@@ -96,6 +97,7 @@ class Publisher:
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
+        self._idle()  # connected before the first job, so that its first events are not lost
         while True:
             try:
                 request = self._requests.get(timeout=_IDLE_SECONDS)
@@ -129,6 +131,11 @@ class Publisher:
             self.fatal = error
 
     def _send_once(self, message: Message) -> None:
+        if self._channel is None and time.monotonic() >= self._next_try:
+            # Offers may come so often that the thread is never idle. The pause keeps a long row of them from
+            # standing between a message that must be published and the broker's return.
+            self._idle()
+            self._next_try = time.monotonic() + _IDLE_SECONDS
         if self._channel is None:
             return
         try:
@@ -150,9 +157,7 @@ class Publisher:
                 request.done.set_exception(UnroutablePublishError(text))
                 return
             except pika.exceptions.NackError:
-                request.done.set_exception(
-                    PublishError(f"the broker refused {request.message.routing_key!r}")
-                )
+                request.done.set_exception(PublishError(f"the broker refused {request.message.routing_key!r}"))
                 return
             except LOST as error:
                 self._lost(error)
@@ -196,9 +201,7 @@ class Publisher:
         connection = connect_with_backoff(
             self._broker,
             name=f"reeld {self._worker_id} publisher",
-            on_retry=lambda reason, delay: log.debug(
-                "broker_unavailable", reason=reason, retry_in_seconds=delay
-            ),
+            on_retry=lambda reason, delay: log.debug("broker_unavailable", reason=reason, retry_in_seconds=delay),
             sleep=lambda seconds: self._stop.wait(min(seconds, max(0.0, give_up_at - time.monotonic()))),
             stopped=stopped,
         )
@@ -216,7 +219,7 @@ class Publisher:
     def _close(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None and connection.is_open:
-            with contextlib.suppress(LOST):
+            with contextlib.suppress(*LOST):
                 connection.close()
 
     @staticmethod

@@ -64,9 +64,7 @@ def run_rank(config: Config) -> int:
     return status
 
 
-def _load(
-    config: Config, world: World, state: RankState, files: list[ModelFiles]
-) -> Mapping[str, LoadedModel]:
+def _load(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> Mapping[str, LoadedModel]:
     models: dict[str, LoadedModel] = {}
     for each in files:
         state.set("loading", phase=each.profile.name)
@@ -79,15 +77,11 @@ def _load(
     return models
 
 
-def _follow(
-    config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]
-) -> int:
+def _follow(config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]) -> int:
     """A peer: waits for a command, generates, reports its outcome."""
     _on_signals(drain=lambda _reason: None)
     health = _health(config, world, state, board, publish=None)
-    context = RankContext(
-        world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds
-    )
+    context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
     while True:
         state.set("idle")
         match world.broadcast_command():
@@ -100,9 +94,7 @@ def _follow(
                     attempt_plan(plan, context, decide=lambda: Stop.NO, progress=_log_step)
 
 
-def _coordinate(
-    config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]
-) -> int:
+def _coordinate(config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]) -> int:
     """Rank 0: consumes, plans, broadcasts, generates, encodes, publishes, acks."""
     topology = topology_of(config)
     publisher = Publisher(config.broker, worker_id=config.worker_id)
@@ -144,9 +136,7 @@ def _coordinate(
 
     publisher.start()
     health = _health(config, world, state, board, publish=heartbeat)
-    context = RankContext(
-        world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds
-    )
+    context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
     coordinator = Coordinator(config, context, consumer, reporter, Storage(config.output.directory))
     _on_signals(drain=coordinator.drain)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
@@ -170,10 +160,7 @@ def _coordinate(
 
 
 def _prepare_topology(connection: Any, topology: Topology, *, apply: bool) -> None:
-    if apply:
-        differences = apply_topology(connection, topology)
-    else:
-        differences = check_topology(connection, topology)
+    differences = apply_topology(connection, topology) if apply else check_topology(connection, topology)
     if differences:
         raise ConfigError(
             "\n".join(["topology differs; see `reeld topology check`", *(each.text for each in differences)])

@@ -69,9 +69,7 @@ class Reporter:
             event_id=f"{job.job_id}:{name}:{job.request_digest[:16]}",
             traceparent=job.traceparent,
         )
-        self._publisher.publish(
-            self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS
-        )
+        self._publisher.publish(self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS)
         if job.reply_to:
             # Not mandatory: a caller that has gone away must not keep the job alive.
             self._publisher.offer(
@@ -91,9 +89,7 @@ class Reporter:
         self._dead_letter(delivery, error, job_id=job.job_id)
         self.terminal("failed", job, _failure(error))
 
-    def failed_malformed(
-        self, delivery: Delivery, error: JobError, *, job_id: str | None, digest: str
-    ) -> None:
+    def failed_malformed(self, delivery: Delivery, error: JobError, *, job_id: str | None, digest: str) -> None:
         """The same for a message that is no job; without a job id there is nobody to send an event to."""
         self._dead_letter(delivery, error, job_id=job_id)
         if job_id is None:
@@ -105,12 +101,10 @@ class Reporter:
             data={"attempt": 1, "worker_id": self._worker_id, "metadata": {}, **_failure(error)},
             event_id=f"{job_id}:failed:{digest[:16]}",
         )
-        self._publisher.publish(
-            self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS
-        )
+        self._publisher.publish(self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS)
 
     def retry_later(self, job: Job, delivery: Delivery, error: JobError, *, delay_seconds: int) -> None:
-        """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it is not there."""
+        """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it is not."""
         self.job(
             "retrying",
             job,

@@ -171,14 +171,10 @@ def check_topology(connection: BlockingConnection, topology: Topology) -> list[D
 
 def _missing(connection: BlockingConnection, topology: Topology) -> Iterator[Difference]:
     for exchange in topology.exchanges():
-        if (
-            text := _attempt(connection, lambda c, e=exchange: c.exchange_declare(e.name, passive=True))
-        ) is not None:
+        if (text := _attempt(connection, lambda c, e=exchange: c.exchange_declare(e.name, passive=True))) is not None:
             yield Difference(exchange.name, f"- exchange {exchange.name}: missing ({text})")
     for queue in topology.queues():
-        if (
-            text := _attempt(connection, lambda c, q=queue: c.queue_declare(q.name, passive=True))
-        ) is not None:
+        if (text := _attempt(connection, lambda c, q=queue: c.queue_declare(q.name, passive=True))) is not None:
             yield Difference(queue.name, f"- queue {queue.name}: missing ({text})")
 
 
@@ -191,9 +187,7 @@ def _declare_each(
             continue
         text = _attempt(
             connection,
-            lambda c, e=exchange: c.exchange_declare(
-                e.name, e.kind, durable=True, arguments=dict(e.arguments)
-            ),
+            lambda c, e=exchange: c.exchange_declare(e.name, e.kind, durable=True, arguments=dict(e.arguments)),
         )
         if text is not None:
             yield Difference(exchange.name, f"~ exchange {exchange.name}: {text}")

@@ -63,6 +63,4 @@ def _feed(stdin: IO[bytes], frames: Iterable[Any]) -> int | None:
 
 
 def _unavailable(path: Path, reason: str) -> TransientJobError:
-    return TransientJobError(
-        ErrorCode.STORAGE_UNAVAILABLE, f"ffmpeg could not write {path.name}: {reason[:300]}"
-    )
+    return TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"ffmpeg could not write {path.name}: {reason[:300]}")

@@ -1,7 +1,7 @@
 """`reeld schema asyncapi`: the whole surface as one AsyncAPI 3.0 document.
 
-Owns the document; its schemas come from the models that the daemon validates with. Leaves out the job's fields
-(`daemon.job`) and the events' data (`ops.event_data`).
+Owns the document; its schemas come from the models that the daemon validates with. Leaves out the job's
+fields (`daemon.job`) and the events' data (`ops.event_data`).
 Source of the format: https://www.asyncapi.com/docs/reference/specification/v3.0.0
 """
 
@@ -27,9 +27,7 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
         "jobs": {
             "address": "{pool}",
             "title": "Where publishers send jobs",
-            "parameters": {
-                "pool": {"description": "what the worker makes; by default its model profile's name"}
-            },
+            "parameters": {"pool": {"description": "what the worker makes; by default its model profile's name"}},
             "messages": {"job": {"$ref": "#/components/messages/job"}},
             "bindings": _exchange(f"{prefix}.jobs", "direct"),
         },
@@ -38,9 +36,7 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
             "title": "Jobs that could not be done, with the reason in their headers",
             "parameters": {"pool": {"description": "the pool the job was sent to"}},
             "messages": {"dead_letter": {"$ref": "#/components/messages/dead_letter"}},
-            "bindings": {
-                "amqp": {"is": "queue", "queue": {"name": f"{prefix}.jobs.{{pool}}.dead", "durable": True}}
-            },
+            "bindings": {"amqp": {"is": "queue", "queue": {"name": f"{prefix}.jobs.{{pool}}.dead", "durable": True}}},
         },
         **{f"job_{name}": _status_channel(prefix, "job", "job_id", name) for name in JOB_EVENTS},
         **{f"worker_{name}": _status_channel(prefix, "worker", "worker_id", name) for name in WORKER_EVENTS},
@@ -60,9 +56,7 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
         "channels": channels,
         "operations": {
             "take_jobs": _operation("receive", "jobs", "The worker consumes jobs, one at a time."),
-            "keep_dead_letters": _operation(
-                "send", "dead_letters", "The worker and the broker put aside what failed."
-            ),
+            "keep_dead_letters": _operation("send", "dead_letters", "The worker and the broker put aside what failed."),
             "hear_cancel": _operation("receive", "cancel", "The worker ends the job at its next step."),
             "hear_drain": _operation("receive", "drain", "The worker finishes its job and stops."),
             **{f"tell_{key}": _operation("send", key, None) for key in events},
@@ -142,9 +136,7 @@ def _event(type_: str, data: type[BaseModel]) -> dict[str, Any]:
             "id": {**text, "description": "the same for repeats of one terminal event"},
             "source": text,
             "type": {"const": type_},
-            "subject": {"type": "string", "pattern": JOB_ID_PATTERN}
-            if type_.startswith("reeld.job.")
-            else text,
+            "subject": {"type": "string", "pattern": JOB_ID_PATTERN} if type_.startswith("reeld.job.") else text,
             "time": {"type": "string", "format": "date-time"},
             "datacontenttype": {"const": "application/json"},
             "traceparent": text,

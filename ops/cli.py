@@ -23,7 +23,7 @@ Exit statuses: 0 all went well; 1 something failed; 2 wrong usage; 3 the job fai
 
 app = typer.Typer(
     name="reeld",
-    help="A video-generation worker: jobs come from RabbitMQ, DiffSynth's Wan pipelines run on all GPUs of a box.",
+    help="A video-generation worker: jobs from RabbitMQ, DiffSynth's Wan pipelines on all the GPUs of a box.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -45,23 +45,17 @@ class SchemaName(StrEnum):
 
 UrlOption = Annotated[
     str,
-    typer.Option(
-        "--url", envvar="REELD_AMQP_URL", help="The broker. A password is safer in the variable or a file."
-    ),
+    typer.Option("--url", envvar="REELD_AMQP_URL", help="The broker. A password is safer in the variable or a file."),
 ]
 UrlFileOption = Annotated[
     Path | None,
-    typer.Option(
-        "--url-file", envvar="REELD_BROKER__URL_FILE", help="File with the URL; wins.", show_default=False
-    ),
+    typer.Option("--url-file", envvar="REELD_BROKER__URL_FILE", help="File with the URL; wins.", show_default=False),
 ]
 CaFileOption = Annotated[
     Path | None,
     typer.Option("--ca-file", envvar="REELD_BROKER__CA_FILE", help="CA for amqps://.", show_default=False),
 ]
-PrefixOption = Annotated[
-    str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")
-]
+PrefixOption = Annotated[str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
@@ -71,9 +65,7 @@ ConfigOption = Annotated[
 @app.command()
 def run(
     config: ConfigOption = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Validate configuration and model folders, and stop.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Validate configuration and model folders, and stop.")] = False,
 ) -> None:
     """Run the worker in the foreground, as systemd does. SIGTERM finishes the current job and ends with 0.
 
@@ -107,9 +99,7 @@ def submit(
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option(
-            "--file", "-f", metavar="JOB.json", help="A job as JSON, - for stdin; other options win over it."
-        ),
+        typer.Option("--file", "-f", metavar="JOB.json", help="A job as JSON, - for stdin; other options win over it."),
     ] = None,
     task: Annotated[
         str | None,
@@ -117,12 +107,8 @@ def submit(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    image: Annotated[
-        str | None, typer.Option(help="First frame: a URI, or a path as the worker sees it.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Random without it; the result names the one used.")
-    ] = None,
+    image: Annotated[str | None, typer.Option(help="First frame: a URI, or a path as the worker sees it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random without it; the result names the one used.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames; rounded up to 4n+1.")] = None,
@@ -131,9 +117,7 @@ def submit(
     sigma_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the video file.")] = None,
     job_id: Annotated[str | None, typer.Option(help="Generated when absent; one id, one video.")] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="The job's own time limit.")
-    ] = None,
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="The job's own time limit.")] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and print the result.")] = False,
     timeout: Annotated[
         float | None,
@@ -149,7 +133,7 @@ def submit(
 
         reeld submit --pool wan2.1-t2v-1.3b --prompt "a red fox runs through snow" --seed 7 --wait
 
-        reeld submit --pool wan2.1-i2v-14b-480p --image https://example.org/fox.png --prompt "it turns its head"
+        reeld submit --pool wan2.1-i2v-14b-480p --image https://example.org/fox.png --prompt "it turns"
 
         reeld submit --pool wan2.1-t2v-1.3b --file job.json
     """
@@ -193,12 +177,8 @@ def watch(
     ca_file: CaFileOption = None,
     prefix: PrefixOption = "reeld",
     job: Annotated[str | None, typer.Option(metavar="ID", help="Only this job's events.")] = None,
-    worker: Annotated[
-        bool, typer.Option("--worker", help="Only the workers' events, heartbeats included.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The events as they are, one JSON object a line.")
-    ] = False,
+    worker: Annotated[bool, typer.Option("--worker", help="Only the workers' events, heartbeats included.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The events as they are, one JSON object a line.")] = False,
 ) -> None:
     """Follow events until Ctrl-C. Reconnects when the broker goes away.
 
@@ -212,9 +192,7 @@ def watch(
     """
     from ops import watch as command
 
-    command.watch(
-        _broker(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json
-    )
+    command.watch(_broker(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json)
 
 
 @topology_app.command("plan")
@@ -247,7 +225,7 @@ def topology_apply(config: ConfigOption = None) -> None:
 
 @topology_app.command("check")
 def topology_check(config: ConfigOption = None) -> None:
-    """Compare the broker with the plan and print the differences; creates nothing. Ends with 78 if there are any.
+    """Print how the broker differs from the plan; creates nothing. Ends with 78 if anything differs.
 
     Example:
 
@@ -260,9 +238,7 @@ def topology_check(config: ConfigOption = None) -> None:
 
 @app.command("tiny-model")
 def tiny_model(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to write the two model folders into.")
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the two model folders into.")],
 ) -> None:
     """Write the tiny Wan models (text-to-video, image-to-video): real layouts, random weights, a few MB.
 
@@ -279,9 +255,7 @@ def tiny_model(
 @app.command()
 def doctor(
     config: ConfigOption = None,
-    torch: Annotated[
-        bool, typer.Option("--torch", help="Also start torch and list the GPUs it sees (slow).")
-    ] = False,
+    torch: Annotated[bool, typer.Option("--torch", help="Also start torch and list the GPUs it sees (slow).")] = False,
 ) -> None:
     """Check everything the worker needs, and say how to mend what is wrong. Ends with 1 when something is.
 
@@ -297,9 +271,7 @@ def doctor(
 
 @app.command()
 def schema(
-    what: Annotated[
-        SchemaName, typer.Argument(help="The job message, or the whole surface.")
-    ] = SchemaName.JOB,
+    what: Annotated[SchemaName, typer.Argument(help="The job message, or the whole surface.")] = SchemaName.JOB,
     prefix: PrefixOption = "reeld",
 ) -> None:
     """Print the JSON Schema of a job, or an AsyncAPI 3.0 document of everything that goes over the broker.
@@ -321,17 +293,13 @@ def schema(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where everything goes.")] = Path(
-        "demo-output"
-    ),
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave broker and worker running until Ctrl-C.")
-    ] = False,
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where everything goes.")] = Path("demo-output"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave broker and worker running until Ctrl-C.")] = False,
 ) -> None:
     """Show the whole path with a tiny model, a private broker and two ranks; needs no GPU.
 
-    A text-to-video job, an image-to-video job and a malformed one are published; every outcome is checked. With
-    REELD_AMQP_URL set that broker is used, under names of the demo's own that are deleted again.
+    A text-to-video job, an image-to-video job and a malformed one are published; every outcome is checked.
+    With REELD_AMQP_URL set that broker is used, under names of the demo's own that are deleted again.
 
     Examples:
 
@@ -365,7 +333,7 @@ def _broker(url: str, url_file: Path | None, ca_file: Path | None, prefix: str) 
 
 
 def main() -> NoReturn:
-    """The entry point: runs a command and ends the process with its status, never with an expected traceback."""
+    """The entry point: runs a command and ends the process with its status."""
     from ops.failure import report
 
     # pika also logs what it raises; without a handler Python would print that.

@@ -34,9 +34,7 @@ def decode(path: Path) -> DecodedVideo:
         frames = tuple(Image.frombytes("RGB", size, bytes(frame)) for frame in reader)
     finally:
         reader.close()
-    return DecodedVideo(
-        width=size[0], height=size[1], fps=float(meta["fps"]), codec=str(meta["codec"]), frames=frames
-    )
+    return DecodedVideo(width=size[0], height=size[1], fps=float(meta["fps"]), codec=str(meta["codec"]), frames=frames)
 
 
 def write_contact_sheet(video: DecodedVideo, path: Path) -> None:

@@ -1,10 +1,9 @@
 """`reeld demo`: the whole path with everything real, on a machine with nothing prepared.
 
-Owns the course of the demo and its verdict: it believes the files and the queue, not the events. Leaves out every
-part that it uses: the broker (`ops.private_broker`), the worker (`ops.worker_process`), the tiny model, AMQP.
+Owns the course of the demo. Leaves out every part that it uses: the jobs and the checks of their ends
+(`ops.demo_jobs`), the broker (`ops.private_broker`), the worker (`ops.worker_process`), the tiny model, AMQP.
 """
 
-import hashlib
 import json
 import os
 import secrets
@@ -14,52 +13,34 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
 from rich.console import Console
 
 from daemon.client import (
-    DeadLetter,
     EventStream,
     ReceivedEvent,
     apply_on,
     delete_on,
     publish_job,
-    take_dead_letter,
 )
 from daemon.config import BrokerConfig, load_config
 from daemon.connection import redacted
-from daemon.errors import ErrorCode
 from daemon.events import TERMINAL
-from daemon.job import SCHEMA
 from daemon.topology import Topology, topology_of
 from ops import tiny_model
-from ops.contact_sheet import decode, write_contact_sheet
+from ops.demo_jobs import DemoJob, demo_jobs, show_dead_letter, show_video
 from ops.failure import CommandFailedError
 from ops.private_broker import PrivateBroker
-from ops.progress import failure_text, job_display
-from ops.submission import new_job_id
+from ops.progress import job_display
 from ops.worker_process import WorkerProcess
 
 POOL = "demo"
-WIDTH, HEIGHT, NUM_FRAMES, STEPS, FPS = 144, 96, 25, 10, 8
 _START_SECONDS = 120
 _JOBS_SECONDS = 300
 _STOP_SECONDS = 60
 _NUM_HEADS = 12  # of the tiny models: the number of ranks must divide it
-
-
-@dataclass(frozen=True, slots=True)
-class DemoJob:
-    """One of the demo's jobs. `fault` is the path of the field that is wrong on purpose."""
-
-    label: str
-    job_id: str
-    body: bytes
-    fault: str | None = None
 
 
 def demo(directory: Path, *, keep: bool = False) -> None:
@@ -104,25 +85,21 @@ def _demo(directory: Path, console: Console, *, given_url: str | None, keep: boo
             WorkerProcess(config_path, directory / "reeld.log", environment={"OMP_NUM_THREADS": "1"})
         )
         world_size = _wait_until_idle(stream, worker)
-        console.print(
-            f"worker    [green]ready[/], {world_size} ranks on {config.device}; log {worker.log_path}"
-        )
-        jobs = _jobs(directory)
+        console.print(f"worker    [green]ready[/], {world_size} ranks on {config.device}; log {worker.log_path}")
+        jobs = demo_jobs(directory)
         ends = _publish_and_follow(jobs, config.broker, stream, worker, console)
         for job in jobs:
             console.print()
             if job.fault is None:
-                _show_video(job, ends[job.job_id], directory, console)
+                show_video(job, ends[job.job_id], directory, console)
             else:
-                _show_dead_letter(job, ends[job.job_id], config.broker, topology, console)
+                show_dead_letter(job, ends[job.job_id], config.broker, topology, console)
         console.print()
         if keep:
             _keep(worker, url, config.broker.prefix, config_path, console)
         status = worker.stop(timeout_seconds=_STOP_SECONDS)
         if status != 0:
-            raise CommandFailedError(
-                f"the worker ended with {status}, not 0; the end of its log:\n{worker.tail()}"
-            )
+            raise CommandFailedError(f"the worker ended with {status}, not 0; the end of its log:\n{worker.tail()}")
         console.print("worker    drained and stopped with exit status 0")
     if not keep:
         console.print(f"[bold green]all as it should be[/], in {time.monotonic() - begun:.0f} s")
@@ -191,9 +168,7 @@ def _write_config(directory: Path, url: str, worker_id: str) -> Path:
         "output": {"directory": str(directory / "output")},
         "log": {"format": "json"},
     }
-    lines = [
-        f"{name} = {json.dumps(value)}" for name, value in settings.items() if not isinstance(value, dict)
-    ]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items() if not isinstance(value, dict)]
     for name, table in settings.items():
         if isinstance(table, dict):
             lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
@@ -219,9 +194,7 @@ def _number_of_ranks() -> int:
     else:
         count = 0
         if shutil.which("nvidia-smi"):
-            listed = subprocess.run(
-                ["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=20
-            )
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=20)
             count = len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
     return max((n for n in range(1, count + 1) if _NUM_HEADS % n == 0), default=0)
 
@@ -242,60 +215,7 @@ def _wait_until_idle(stream: EventStream, worker: WorkerProcess) -> int:
             if event is not None and event.name == "heartbeat" and event.data.get("state") == "idle":
                 return len(event.data.get("ranks") or [])
             worker.check_alive()
-    raise CommandFailedError(
-        f"no worker was ready in {_START_SECONDS} s; the end of its log:\n{worker.tail()}"
-    )
-
-
-def _jobs(directory: Path) -> list[DemoJob]:
-    image = _draw_first_frame(directory / "inputs" / "first-frame.png")
-    parameters = {
-        "height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "num_inference_steps": STEPS, "cfg_scale": 5.0
-    }  # fmt: skip
-    base = {"schema": SCHEMA, "prompt": "a red fox runs through snow", "output": {"fps": FPS}}
-    documents = [
-        ("text to video", {"task": "text_to_video", "parameters": {**parameters, "seed": 7}}, None),
-        (
-            "image to video",
-            {
-                "task": "image_to_video",
-                "parameters": {**parameters, "seed": 8},
-                "inputs": {"input_image": image.as_uri()},
-            },
-            None,
-        ),
-        (
-            "malformed",
-            {"task": "text_to_video", "parameters": {**parameters, "num_frames": "many"}},
-            "parameters.num_frames",
-        ),
-    ]
-    jobs = []
-    for label, document, fault in documents:
-        job_id = new_job_id()
-        body = json.dumps({**base, **document, "job_id": job_id}).encode()
-        jobs.append(DemoJob(label, job_id, body, fault))
-    return jobs
-
-
-def _draw_first_frame(path: Path) -> Path:
-    """A sun over hills, drawn at four times the size for smooth edges."""
-    scale = 4
-    width, height = WIDTH * scale, HEIGHT * scale
-    image = Image.new("RGB", (width, height))
-    draw = ImageDraw.Draw(image)
-    for y in range(height):
-        share = y / height
-        draw.line(
-            [(0, y), (width, y)], fill=(int(60 + 180 * share), int(110 + 60 * share), int(220 - 120 * share))
-        )
-    draw.ellipse(
-        [width * 0.6, height * 0.15, width * 0.6 + height * 0.3, height * 0.45], fill=(255, 236, 150)
-    )
-    draw.ellipse([-width * 0.2, height * 0.6, width * 0.7, height * 1.6], fill=(40, 90, 60))
-    draw.ellipse([width * 0.3, height * 0.7, width * 1.3, height * 1.7], fill=(30, 70, 50))
-    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path)
-    return path
+    raise CommandFailedError(f"no worker was ready in {_START_SECONDS} s; the end of its log:\n{worker.tail()}")
 
 
 def _publish_and_follow(
@@ -312,9 +232,7 @@ def _publish_and_follow(
             publish_job(broker, pool=POOL, body=job.body, message_id=job.job_id)
         while len(ends) < len(jobs):
             if time.monotonic() > deadline:
-                raise CommandFailedError(
-                    f"jobs not done in {_JOBS_SECONDS} s; the worker's log:\n{worker.tail()}"
-                )
+                raise CommandFailedError(f"jobs not done in {_JOBS_SECONDS} s; the worker's log:\n{worker.tail()}")
             worker.check_alive()
             event = stream.next(0.5)
             if event is None:
@@ -324,60 +242,6 @@ def _publish_and_follow(
             if event.is_job and event.name in TERMINAL and any(job.job_id == job_id for job in jobs):
                 ends.setdefault(str(job_id), event)
     return ends
-
-
-def _show_video(job: DemoJob, end: ReceivedEvent, directory: Path, console: Console) -> None:
-    """Decodes the file back, checks it, and prints where it and its contact sheet are."""
-    if end.name != "succeeded":
-        raise CommandFailedError(f"{job.label}: {end.name}: {failure_text(end.data)}")
-    said = end.data["result"]["video"]
-    path = Path(said["path"])
-    video = decode(path)
-    found = (len(video.frames), video.width, video.height, video.fps)
-    if found != (NUM_FRAMES, WIDTH, HEIGHT, FPS):
-        raise CommandFailedError(f"{path}: (frames, width, height, fps) is {found}, not what was asked for")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != said["sha256"]:
-        raise CommandFailedError(f"{path}: its SHA-256 is not the event's")
-    sheet = directory / f"{job.label.replace(' ', '-')}.png"
-    write_contact_sheet(video, sheet)
-    console.print(f"[bold]{job.label}[/]")
-    console.print(f"  video   {path}", soft_wrap=True)
-    console.print(
-        f"          {len(video.frames)} frames, {video.width}x{video.height}, {video.fps:g} a second, {video.codec}"
-    )
-    console.print(f"  sheet   {sheet}", soft_wrap=True)
-
-
-def _show_dead_letter(
-    job: DemoJob, end: ReceivedEvent, broker: BrokerConfig, topology: Topology, console: Console
-) -> None:
-    """Takes the job out of the dead-letter queue, checks its reason, and prints it."""
-    if end.name != "failed" or end.data.get("code") != ErrorCode.MALFORMED_JOB:
-        raise CommandFailedError(f"{job.label}: {end.name} instead of failed with {ErrorCode.MALFORMED_JOB}")
-    letter = _await_dead_letter(broker, topology.dead_queue)
-    reason = {name: str(letter.headers.get(f"x-reeld-{name}")) for name in ("code", "path", "message")}
-    if letter.body != job.body or letter.message_id != job.job_id:
-        raise CommandFailedError(
-            f"{topology.dead_queue}: holds another message than the job that was published"
-        )
-    if (reason["code"], reason["path"]) != (ErrorCode.MALFORMED_JOB.value, job.fault):
-        raise CommandFailedError(
-            f"{topology.dead_queue}: the letter's reason is {reason}, the fault is {job.fault}"
-        )
-    console.print(f"[bold]{job.label}[/]")
-    console.print(f"  queue   {topology.dead_queue}", soft_wrap=True)
-    for name, value in reason.items():
-        console.print(f"  {name:<7} {value}", markup=False, soft_wrap=True)
-
-
-def _await_dead_letter(broker: BrokerConfig, queue: str) -> DeadLetter:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        letter = take_dead_letter(broker, queue)
-        if letter is not None:
-            return letter
-        time.sleep(0.1)  # a quorum queue shows a message a moment after it was confirmed
-    raise CommandFailedError(f"{queue}: no dead letter came in 10 s")
 
 
 def _keep(worker: WorkerProcess, url: str, prefix: str, config_path: Path, console: Console) -> None:

@@ -66,9 +66,7 @@ def examine(config_path: Path | None, *, with_torch: bool = False) -> Iterator[F
     try:
         config = load_config(config_path)
     except ConfigError as error:
-        yield Finding(
-            "configuration", "fail", str(error), "correct these fields; `reeld run --check` checks again"
-        )
+        yield Finding("configuration", "fail", str(error), "correct these fields; `reeld run --check` checks again")
         yield from _machine(None, with_torch=with_torch)
         return
     yield Finding("configuration", "ok", f"{config_path or 'environment'}: pool {config.pool_name}")
@@ -97,14 +95,10 @@ def _broker(config: Config) -> Iterator[Finding]:
     try:
         facts = broker_facts(config.broker)
     except CredentialsError as error:
-        yield Finding(
-            "broker", "fail", str(error), "correct the user, password and virtual host of broker.url"
-        )
+        yield Finding("broker", "fail", str(error), "correct the user, password and virtual host of broker.url")
         return
     except BrokerUnavailableError as error:
-        yield Finding(
-            "broker", "fail", str(error), "start the broker, or correct host and port in broker.url"
-        )
+        yield Finding("broker", "fail", str(error), "start the broker, or correct host and port in broker.url")
         return
     except FatalError as error:
         yield Finding("broker", "fail", str(error), "correct [broker] in the configuration")
@@ -121,18 +115,12 @@ def _topology(config: Config) -> Finding:
     except (BrokerUnavailableError, FatalError) as error:
         return Finding("topology", "fail", str(error), "look at the broker's log")
     if not differences:
-        return Finding(
-            "topology", "ok", f"{len(topology.queues())} queues and {len(topology.exchanges())} exchanges"
-        )
+        return Finding("topology", "ok", f"{len(topology.queues())} queues and {len(topology.exchanges())} exchanges")
     text = "\n".join(difference.text for difference in differences)
     if all(difference.text.startswith("-") for difference in differences):
         state: State = "warn" if config.topology.apply else "fail"
-        return Finding(
-            "topology", state, text, "`reeld topology apply` (or topology.apply = true) declares them"
-        )
-    return Finding(
-        "topology", "fail", text, "delete what differs once it is empty, then `reeld topology apply`"
-    )
+        return Finding("topology", state, text, "`reeld topology apply` (or topology.apply = true) declares them")
+    return Finding("topology", "fail", text, "delete what differs once it is empty, then `reeld topology apply`")
 
 
 def _consumer_timeout(config: Config) -> Finding:
@@ -211,9 +199,7 @@ def _torch(config: Config | None) -> Finding:
     try:
         found = json.loads(_output([sys.executable, "-c", _TORCH_QUESTION], timeout_seconds=120))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Finding(
-            "torch", "fail", f"torch does not start: {error}", "install reeld again: `make install`"
-        )
+        return Finding("torch", "fail", f"torch does not start: {error}", "install reeld again: `make install`")
     names = ", ".join(found["names"]) or "no GPU"
     text = f"torch {found['version']}, CUDA {found['cuda']}: {names}"
     if not found["names"] and config is not None and config.device == "cuda":

@@ -1,7 +1,7 @@
-"""The `data` of every event as models, for the published schema and for tests that hold real events against it.
+"""The `data` of every event as models: for the published schema, and for tests to hold real events against.
 
-Owns the shapes that watchers may rely on; a newer worker may add fields. Leaves out the envelope and the names
-(`daemon.events`).
+Owns the shapes that watchers may rely on; a newer worker may add fields. Leaves out the envelope and the
+names (`daemon.events`).
 """
 
 from typing import Any

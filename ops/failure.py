@@ -33,7 +33,7 @@ class JobFailedError(FatalError):
 
 
 def report(error: Exception) -> int:
-    """Prints an expected error, each line behind `reeld: `, and returns its exit status. Raises any other again."""
+    """Prints an expected error, each line behind `reeld: `, and returns its status. Raises any other."""
     status = _status(error)
     if status is None:
         raise error

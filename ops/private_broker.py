@@ -268,9 +268,7 @@ class PrivateBroker:
             self._vm = _spawn([str(server)], environment, self.folder, log)
         self._wait_ready(self._vm, self._notify, ready_timeout_seconds)
 
-    def _wait_ready(
-        self, vm: subprocess.Popen[bytes], notify: "_NotifySocket", timeout_seconds: float
-    ) -> None:
+    def _wait_ready(self, vm: subprocess.Popen[bytes], notify: "_NotifySocket", timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             if "READY=1" in notify.receive(wait_seconds=0.1):
@@ -281,8 +279,7 @@ class PrivateBroker:
                     f" the end of {self.log_path}:\n{self._log_tail()}"
                 )
         raise PrivateBrokerError(
-            f"RabbitMQ was not ready after {timeout_seconds:g} s;"
-            f" the end of {self.log_path}:\n{self._log_tail()}"
+            f"RabbitMQ was not ready after {timeout_seconds:g} s; the end of {self.log_path}:\n{self._log_tail()}"
         )
 
     def _forget_vm(self) -> None:
@@ -321,9 +318,7 @@ class _NotifySocket:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _spawn(
-    command: list[str], environment: dict[str, str], folder: Path, log: IO[bytes]
-) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], environment: dict[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start ``command`` in a session of its own (Ctrl-C stays ours), to be killed when this thread ends."""
     return subprocess.Popen(
         command,

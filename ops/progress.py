@@ -62,12 +62,13 @@ class LiveDisplay:
                 self._progress.update(task, description=escape(progress_text(event.data, with_steps=False)))
             case "succeeded":
                 total = self._progress.tasks[task].total or 1
-                self._progress.update(task, completed=total, total=total, description="[green]done[/]")
+                steps = f"{total:.0f}/{total:.0f}" if total > 1 else ""
+                self._progress.update(task, completed=total, total=total, steps=steps, description="[green]done[/]")
                 self._progress.stop_task(task)
             case "failed" | "cancelled":
                 # The whole message comes afterwards; here it would push the other bars out of line.
                 short = " ".join(str(word) for word in (event.name, event.data.get("code")) if word)
-                self._progress.update(task, total=1, completed=0, steps="", description=f"[red]{escape(short)}[/]")
+                self._progress.update(task, total=1, completed=1, steps="", description=f"[red]{escape(short)}[/]")
                 self._progress.stop_task(task)
             case _:
                 self._progress.update(task, description=text)
@@ -133,9 +134,7 @@ def describe(event: ReceivedEvent) -> str:
         case "heartbeat":
             return heartbeat_text(data)
         case _:
-            extra = {
-                key: value for key, value in data.items() if key in ("attempt", "reason", "state", "pool")
-            }
+            extra = {key: value for key, value in data.items() if key in ("attempt", "reason", "state", "pool")}
             return " ".join([event.name, *(f"{key}={value}" for key, value in extra.items())])
 
 
@@ -163,11 +162,7 @@ def heartbeat_text(data: dict[str, Any]) -> str:
     parts = []
     for rank in ranks if isinstance(ranks, list) else []:
         if isinstance(rank, dict):
-            step = (
-                f" {rank['step']}/{rank.get('steps')}"
-                if _is_count(rank.get("step")) and rank.get("steps")
-                else ""
-            )
+            step = f" {rank['step']}/{rank.get('steps')}" if _is_count(rank.get("step")) and rank.get("steps") else ""
             used = rank.get("memory_used_bytes")
             memory = f" {used / 2**30:.1f} GiB" if isinstance(used, int | float) and used else ""
             parts.append(f"{rank.get('rank')} {rank.get('phase') or rank.get('state')}{step}{memory}")
@@ -180,14 +175,13 @@ def result_lines(data: dict[str, Any]) -> list[str]:
     result = _mapping(data.get("result"))
     video, timings, plan = (_mapping(result.get(key)) for key in ("video", "timings", "plan"))
     seconds = ", ".join(
-        f"{name.removesuffix('_seconds').replace('_', ' ')} {_number(value)} s"
-        for name, value in timings.items()
+        f"{name.removesuffix('_seconds').replace('_', ' ')} {_number(value)} s" for name, value in timings.items()
     )
     rows = {
         "video": video.get("uri") or video.get("path"),
         "sha256": video.get("sha256"),
         "frames": f"{video.get('num_frames')} at {_number(video.get('fps'))} a second",
-        "size": f"{video.get('width')}x{video.get('height')}, {video.get('bytes')} bytes, {video.get('codec')}",
+        "size": f"{video.get('width')}x{video.get('height')} {video.get('codec')}, {video.get('bytes')} bytes",
         "seed": plan.get("seed"),
         "seconds": seconds,
         "manifest": result.get("manifest"),

@@ -1,7 +1,7 @@
 """`reeld submit`: one job from the command line, published and, if wanted, followed to its end.
 
-Owns building the job's document and waiting for its terminal event. Leaves out the schema (`daemon.job`) and AMQP
-(`daemon.client`).
+Owns building the job's document and waiting for its terminal event. Leaves out the schema (`daemon.job`) and
+AMQP (`daemon.client`).
 """
 
 import json
@@ -115,9 +115,7 @@ def _follow(stream: EventStream, job_id: str, timeout_seconds: float | None) -> 
             while True:
                 left = 3600.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:
-                    raise CommandFailedError(
-                        f"job {job_id}: not finished after {timeout_seconds:g} s; {later}"
-                    )
+                    raise CommandFailedError(f"job {job_id}: not finished after {timeout_seconds:g} s; {later}")
                 event = stream.next(left)
                 if event is None:
                     continue

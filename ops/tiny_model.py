@@ -41,7 +41,7 @@ def is_there(directory: Path) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Sends file descriptors 1 and 2 to /dev/null: libraries in C print there too. An exception is still raised."""
+    """Sends file descriptors 1 and 2 to /dev/null: libraries in C print there too. Exceptions pass."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]

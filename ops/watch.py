@@ -25,7 +25,7 @@ def routing_keys(job_id: str | None, *, worker: bool) -> list[str]:
 
 
 def watch(broker: BrokerConfig, keys: list[str], *, as_json: bool) -> None:
-    """Prints events until Ctrl-C. A broker that cannot be reached at first is an error; later it is waited for."""
+    """Prints events until Ctrl-C. A broker that is away at first is an error; later it is waited for."""
     try:
         stream = EventStream(broker, keys)
         while True:

@@ -20,7 +20,7 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl  # bound here: nothing may be l
 
 
 class WorkerProcess:
-    """A worker in a session of its own; what it prints goes to `log_path`. It is drained if this process dies."""
+    """A worker in a session of its own, which prints to `log_path`. It is drained if this process dies."""
 
     def __init__(self, config_path: Path, log_path: Path, *, environment: dict[str, str]) -> None:
         self.log_path = log_path
@@ -32,7 +32,7 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours: we stop the worker in order
-                preexec_fn=_drain_with(os.getpid()),  # noqa: PLW1509 - it only makes a system call
+                preexec_fn=_drain_with(os.getpid()),
             )
 
     def check_alive(self) -> None:
@@ -53,7 +53,7 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             raise CommandFailedError(
-                f"the worker did not stop in {timeout_seconds:g} s; the end of {self.log_path}:\n{self.tail()}"
+                f"the worker did not stop in {timeout_seconds:g} s; end of {self.log_path}:\n{self.tail()}"
             ) from None
 
     def tail(self, lines: int = 15) -> str:

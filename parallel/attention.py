@@ -12,7 +12,7 @@ import types
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffsynth.models.wan_video_dit import WanModel, rope_apply
+from diffsynth.models.wan_video_dit import SelfAttention, WanModel, rope_apply
 
 
 def enable_ulysses(dit: WanModel) -> None:
@@ -21,7 +21,7 @@ def enable_ulysses(dit: WanModel) -> None:
         block.self_attn.forward = types.MethodType(_ulysses_forward, block.self_attn)
 
 
-def _ulysses_forward(self: torch.nn.Module, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+def _ulysses_forward(self: SelfAttention, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """`SelfAttention.forward` for a slice. Called by every rank.
 
     x: (batch, slice, dim), this rank's tokens; freqs: (tokens, 1, head_dim / 2) complex, of the whole
@@ -63,4 +63,5 @@ def _ulysses_forward(self: torch.nn.Module, x: torch.Tensor, freqs: torch.Tensor
     own = torch.empty_like(back)
     dist.all_to_all_single(own, back, group=group)
     # (ranks, b, slice, heads, d): rank r sent the heads [r * heads, (r + 1) * heads).
-    return self.o(own.permute(1, 2, 0, 3, 4).reshape(batch, slice_length, dim))
+    output: torch.Tensor = self.o(own.permute(1, 2, 0, 3, 4).reshape(batch, slice_length, dim))
+    return output

@@ -89,7 +89,7 @@ def generate_frames(
         )
     if video is None:
         return None
-    frames = video[0].permute(1, 2, 3, 0).float().cpu()
+    frames: torch.Tensor = video[0].permute(1, 2, 3, 0).float().cpu()
     if not bool(torch.isfinite(frames).all()):
         raise NonFiniteError(f"the frames hold NaN or infinity (dtype {pipeline.torch_dtype})")
     return frames
@@ -113,15 +113,11 @@ def outcome_of(error: BaseException | None, rank: int) -> Outcome:
         case None:
             return Outcome(rank=rank)
         case StoppedError(stop=stop):
-            return Outcome(
-                rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}"
-            )
+            return Outcome(rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}")
         case torch.OutOfMemoryError() | MemoryError():
             return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
         case _:
-            return Outcome(
-                rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}"
-            )
+            return Outcome(rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}")
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:

@@ -74,8 +74,8 @@ def decode_command(data: bytes) -> Command:
             return Generate(plan=GenerationPlan(**plan))
         case {"command": "shutdown", "reason": str(reason)}:
             return Shutdown(reason=reason)
-        case other:
-            raise ValueError(f"unknown command {str(other)[:200]}: are all ranks of one version of reeld?")
+        case _:
+            raise ValueError("a command of another form: are all ranks of one version of reeld?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

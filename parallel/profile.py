@@ -85,9 +85,7 @@ class ModelFiles:
 def builtin_profile_names() -> list[str]:
     """The names that `load_profile` knows without a file, sorted."""
     folder = resources.files("parallel") / "profiles"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_profile(name_or_path: str) -> ModelProfile:
@@ -98,16 +96,12 @@ def load_profile(name_or_path: str) -> ModelProfile:
     names = builtin_profile_names()
     try:
         if name_or_path in names:
-            text = (resources.files("parallel") / "profiles" / f"{name_or_path}.toml").read_text(
-                encoding="utf-8"
-            )
+            text = (resources.files("parallel") / "profiles" / f"{name_or_path}.toml").read_text(encoding="utf-8")
         elif name_or_path.endswith(".toml"):
             text = Path(name_or_path).read_text(encoding="utf-8")
         else:
             known = ", ".join(names)
-            raise ValueError(
-                f"profile {name_or_path!r} is unknown: give one of {known}, or the path of a .toml file"
-            )
+            raise ValueError(f"profile {name_or_path!r} is unknown: give one of {known}, or the path of a .toml file")
         return _profile(_Table(tomllib.loads(text), f"profile {name_or_path}"))
     except OSError as error:
         raise ValueError(f"profile {name_or_path}: cannot be read: {error.strerror}") from error
@@ -125,9 +119,7 @@ def check_model_folder(profile: ModelProfile, folder: Path) -> ModelFiles:
     tokenizer = folder / profile.tokenizer
     try:
         if not folder.is_dir():
-            raise ModelFolderError(
-                f"{folder}: no such folder; it should hold the files of the profile {profile.name}"
-            )
+            raise ModelFolderError(f"{folder}: no such folder; it should hold the files of the profile {profile.name}")
         for part in profile.parts:
             _check_present(part, paths[part.role])
         for part in profile.parts:
@@ -214,11 +206,7 @@ class _Table:
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values.pop(key, None)
-        if (
-            not isinstance(value, list)
-            or not value
-            or not all(isinstance(item, str) and item for item in value)
-        ):
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
             raise self.fault(key, "must be a list of texts that is not empty")
         if len(set(value)) != len(value):
             raise self.fault(key, "names something twice")
@@ -232,12 +220,7 @@ class _Table:
 
     def number(self, key: str) -> float:
         value = self.values.pop(key, None)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
             raise self.fault(key, "must be a number above 0")
         return float(value)
 

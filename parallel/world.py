@@ -169,9 +169,7 @@ def pick_device(kind: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(
-            f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu"
-        )
+        raise ValueError(f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu")
     return torch.device("cuda", local_rank)
 
 

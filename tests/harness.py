@@ -90,12 +90,16 @@ class Ear:
         return [
             each
             for each in seen
-            if (name is None or each.name == name)
-            and (job_id is None or each.routing_key.startswith(f"job.{job_id}."))
+            if (name is None or each.name == name) and (job_id is None or each.routing_key.startswith(f"job.{job_id}."))
         ]
 
     def wait(
-        self, holds: Callable[[Seen], bool], *, after: int = 0, timeout: float = 120, worker: "Worker | None" = None
+        self,
+        holds: Callable[[Seen], bool],
+        *,
+        after: int = 0,
+        timeout: float = 120,
+        worker: "Worker | None" = None,
     ) -> Seen:
         """The first event from number `after` on for which `holds`. Fails when the worker ends or time runs out."""
         deadline = time.monotonic() + timeout
@@ -262,7 +266,7 @@ def take(url: str, queue: str) -> list[tuple[Any, bytes]]:
     connection = pika.BlockingConnection(pika.URLParameters(url))
     try:
         channel = connection.channel()
-        taken = []
+        taken: list[tuple[Any, bytes]] = []
         while True:
             method, properties, body = channel.basic_get(queue, auto_ack=True)
             if method is None:

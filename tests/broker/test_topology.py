@@ -15,7 +15,12 @@ from daemon.topology import Topology
 
 
 def a_topology(**changes: object) -> Topology:
-    values: dict[str, object] = {"prefix": "reeld", "pool": "tiny", "delivery_limit": 3, "retry_delays_seconds": (1, 10)}
+    values: dict[str, object] = {
+        "prefix": "reeld",
+        "pool": "tiny",
+        "delivery_limit": 3,
+        "retry_delays_seconds": (1, 10),
+    }
     return Topology(**{**values, **changes})  # type: ignore[arg-type]  # a test's shorthand
 
 
@@ -39,7 +44,8 @@ def test_a_fresh_broker_lacks_everything_and_checking_creates_nothing(vhost: str
     settings, topology = BrokerConfig(url=vhost), a_topology()
     first = client.check_on(settings, topology)
     names = {difference.name for difference in first}
-    assert names == {item.name for item in (*topology.exchanges(), *topology.queues())}
+    exchanges = {exchange.name for exchange in topology.exchanges()}
+    assert names == exchanges | {queue.name for queue in topology.queues()}
     assert all(difference.text.startswith("- ") for difference in first)
     assert client.check_on(settings, topology) == first
 

@@ -37,9 +37,7 @@ def main() -> None:
         # What the peers run is what came over the control group, not what they read from the file.
         command = world.broadcast_command(Generate(plan) if world.rank == 0 else None)
         assert isinstance(command, Generate)
-        made = generate_frames(
-            command.plan, models[key], world, progress=lambda *_: None, decide=lambda: Stop.NO
-        )
+        made = generate_frames(command.plan, models[key], world, progress=lambda *_: None, decide=lambda: Stop.NO)
         if made is not None:
             frames[case["name"]] = made.contiguous()
     if world.rank == 0:

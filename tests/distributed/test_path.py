@@ -1,7 +1,10 @@
 """The whole path on 2 ranks: from a message in RabbitMQ to a video file, and what is seen meanwhile."""
 
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,9 +13,11 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
+import pika
 import psutil
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish, take, write_config
@@ -47,12 +52,23 @@ def running(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPa
             ear.close()
 
 
-def _decoded(video: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    reader = imageio_ffmpeg.read_frames(video["path"])
-    meta = next(reader)
-    width, height = meta["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    return meta, np.stack(frames)
+def _decoded(video: dict[str, Any]) -> tuple[str, Any]:
+    """What ffmpeg says of the stream, and its frames as (num_frames, height, width, 3) of uint8."""
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-i",
+        video["path"],
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    found = re.search(r"Video: (.*?, (\d+)x(\d+)[ ,].*)", done.stderr.decode())
+    assert found is not None
+    width, height = int(found[2]), int(found[3])
+    return found[1], np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
 
 
 def test_amqp_publish_makes_a_playable_video(running: Running, models: Path) -> None:
@@ -68,8 +84,8 @@ def test_amqp_publish_makes_a_playable_video(running: Running, models: Path) -> 
     assert event["type"] == "reeld.job.succeeded", event
     video = event["data"]["result"]["video"]
     meta, frames = _decoded(video)
-    assert "h264" in meta["codec"]
-    assert meta["fps"] == 8
+    assert "h264" in meta
+    assert " 8 fps" in meta
     assert frames.shape == (13, 64, 96, 3)
     assert (video["num_frames"], video["width"], video["height"], video["fps"]) == (13, 96, 64, 8)
 
@@ -83,11 +99,6 @@ def test_amqp_publish_makes_a_playable_video(running: Running, models: Path) -> 
 
 
 def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
-    import os
-    import sys
-
-    from safetensors.numpy import load_file
-
     arguments = {
         "prompt": message["prompt"],
         "negative_prompt": "",
@@ -178,13 +189,15 @@ def test_same_message_twice_is_one_video(running: Running) -> None:
     count = running.ear.count
     publish(running.url, message)
     again = running.ear.wait(
-        lambda seen: seen.routing_key == f"job.{message['job_id']}.succeeded", after=count, worker=running.worker
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.succeeded",
+        after=count,
+        worker=running.worker,
     ).event
     assert again["id"] == first["id"]
     assert again["data"]["result"] == first["data"]["result"]
     folder = Path(first["data"]["result"]["video"]["path"]).parent
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".mp4"]
-    assert len([e for e in running.ear.all(job_id=message["job_id"], name="started")]) == 1
+    assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1
 
 
 def test_other_request_under_the_same_id_is_refused(running: Running) -> None:
@@ -218,8 +231,6 @@ def test_transient_failure_climbs_the_ladder(running: Running) -> None:
 
 def test_cancel_stops_every_rank_at_the_same_step(running: Running) -> None:
     """A cancel in mid-job ends it on all ranks with one `cancelled` event; the next job is clean."""
-    import pika
-
     message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 200, "height": 128, "width": 192})
     publish(running.url, message)
     running.ear.wait(
@@ -235,8 +246,6 @@ def test_cancel_stops_every_rank_at_the_same_step(running: Running) -> None:
 
 def test_reply_to_gets_the_terminal_event(running: Running) -> None:
     """The terminal event also goes to the queue named by reply_to, with the correlation_id."""
-    import pika
-
     connection = pika.BlockingConnection(pika.URLParameters(running.url))
     channel = connection.channel()
     reply = channel.queue_declare("", exclusive=True).method.queue
@@ -271,7 +280,7 @@ def test_heartbeats_name_every_rank_at_work_and_at_rest(running: Running) -> Non
     running.do(message)
     end = running.ear.count
     running.ear.wait(idle, after=end, worker=running.worker)
-    beats = [each for each in running.ear.all(name="heartbeat")]
+    beats = running.ear.all(name="heartbeat")
     assert all([rank["rank"] for rank in beat.data["ranks"]] == [0, 1] for beat in beats)
     during = [
         each for each in running.ear.all()[start:end] if each.name == "heartbeat" and each.data["state"] == "generating"

@@ -1,4 +1,4 @@
-"""The `reeld` command without a broker: its words, its exit statuses, and what it says when something is wrong."""
+"""The `reeld` command without a broker: its words, its exit statuses, and what it says of mistakes."""
 
 import json
 import os
@@ -54,9 +54,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "reeld.toml"
-    path.write_text(
-        f'[broker]\nurl = "{DEAD_BROKER}"\n[[models]]\nprofile = "tiny-t2v"\npath = "{tmp_path}/model"\n'
-    )
+    path.write_text(f'[broker]\nurl = "{DEAD_BROKER}"\n[[models]]\nprofile = "tiny-t2v"\npath = "{tmp_path}/model"\n')
     return path
 
 
@@ -81,7 +79,18 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "submit", "watch", "doctor", "schema", "tiny-model", "demo", "topology plan", "topology apply", "topology check"],
+    [
+        "run",
+        "submit",
+        "watch",
+        "doctor",
+        "schema",
+        "tiny-model",
+        "demo",
+        "topology plan",
+        "topology apply",
+        "topology check",
+    ],
 )
 def test_every_command_has_examples(command: str) -> None:
     """The help of each command shows how it is called."""

@@ -65,9 +65,7 @@ def test_the_built_in_profiles_are_the_tiny_and_the_published_models() -> None:
 
 def test_reading_profiles_needs_no_torch() -> None:
     """The launcher and the command line check a model folder without waiting seconds for torch."""
-    script = (
-        "import sys, parallel.profile as p; p.load_profile('tiny-t2v'); assert 'torch' not in sys.modules"
-    )
+    script = "import sys, parallel.profile as p; p.load_profile('tiny-t2v'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -117,9 +115,7 @@ def test_the_1_3b_layout_loads_through_diffsynths_loader(tmp_path: Path) -> None
     parameters = dict(model.named_parameters())
     assert sum(tensor.numel() for tensor in parameters.values()) == 1_418_996_800
     assert {name: tuple(tensor.shape) for name, tensor in parameters.items()} == layout
-    assert all(
-        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in parameters.values()
-    )
+    assert all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in parameters.values())
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +181,7 @@ def write_html(folder: Path) -> str:
 
 
 def write_git_lfs_pointer(folder: Path) -> str:
-    (folder / SECOND).write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9952163512\n"
-    )
+    (folder / SECOND).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9952163512\n")
     return SECOND
 
 
@@ -273,9 +267,7 @@ def test_an_untouched_folder_is_accepted(folder: Path) -> None:
         (cut_tokenizer, "not JSON or truncated"),
     ],
 )
-def test_a_faulty_folder_is_refused_by_the_files_name(
-    folder: Path, break_it: Callable[[Path], str], says: str
-) -> None:
+def test_a_faulty_folder_is_refused_by_the_files_name(folder: Path, break_it: Callable[[Path], str], says: str) -> None:
     """One fault in one file: one line that begins with the file and says what is wrong with it."""
     name = break_it(folder)
     message = refusal(load_profile("wan2.2-ti2v-5b"), folder)
@@ -293,9 +285,7 @@ def test_the_published_pickle_in_place_of_the_safetensors_is_explained(folder: P
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     """A mistyped path gives the path, not the first missing file in it."""
-    assert refusal(load_profile("tiny-t2v"), tmp_path / "nowhere").startswith(
-        f"{tmp_path}/nowhere: no such folder"
-    )
+    assert refusal(load_profile("tiny-t2v"), tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere: no such folder")
 
 
 @pytest.fixture
@@ -401,9 +391,7 @@ def test_a_users_own_profile_is_read_from_its_path(tmp_path: Path) -> None:
         ("[defaults]", "[defaults", "not a TOML file"),
     ],
 )
-def test_a_faulty_profile_is_refused_by_the_fields_name(
-    tmp_path: Path, old: str, new: str, says: str
-) -> None:
+def test_a_faulty_profile_is_refused_by_the_fields_name(tmp_path: Path, old: str, new: str, says: str) -> None:
     """One fault in a profile: one line with the file and the field."""
     assert old in PROFILE
     path = tmp_path / "mine.toml"

@@ -79,9 +79,7 @@ def test_the_clip_file_has_the_textual_half_that_diffsynth_drops(models: Path) -
 )
 def test_the_tokenizer_keeps_every_text_within_the_vocabulary(models: Path, prompt: str) -> None:
     """DiffSynth's own wrapper gets 512 ids below the encoder's vocabulary, closed by `</s>` and padded."""
-    tokenizer = HuggingfaceTokenizer(
-        str(models / "tiny-t2v" / "google" / "umt5-xxl"), seq_len=512, clean="whitespace"
-    )
+    tokenizer = HuggingfaceTokenizer(str(models / "tiny-t2v" / "google" / "umt5-xxl"), seq_len=512, clean="whitespace")
     ids, mask = tokenizer(prompt, return_mask=True, add_special_tokens=True)
     assert ids.shape == mask.shape == (1, 512)
     assert ids.min() >= 0
@@ -93,9 +91,7 @@ def test_the_tokenizer_keeps_every_text_within_the_vocabulary(models: Path, prom
 
 def test_words_are_told_apart_by_the_tokenizer(models: Path) -> None:
     """Known words are one piece each and the text can be read back."""
-    tokenizer = HuggingfaceTokenizer(
-        str(models / "tiny-t2v" / "google" / "umt5-xxl"), seq_len=512, clean="whitespace"
-    )
+    tokenizer = HuggingfaceTokenizer(str(models / "tiny-t2v" / "google" / "umt5-xxl"), seq_len=512, clean="whitespace")
     ids, mask = tokenizer("a red fox runs through snow", return_mask=True)
     assert int(mask.sum()) == 7
     assert tokenizer.tokenizer.decode(ids[0, :6]) == "a red fox runs through snow"
@@ -113,9 +109,7 @@ def load_pipeline(models: Path, name: str) -> WanVideoPipeline:
     )
 
 
-def generate(
-    pipeline: WanVideoPipeline, *, prompt: str, seed: int, image: Image.Image | None = None
-) -> torch.Tensor:
+def generate(pipeline: WanVideoPipeline, *, prompt: str, seed: int, image: Image.Image | None = None) -> torch.Tensor:
     """Frames as [channels, frames, height, width], float32 in -1..1."""
     video = pipeline(
         prompt=prompt,

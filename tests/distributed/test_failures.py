@@ -1,0 +1,152 @@
+"""What bad input gets, from the process's point of view: one line, an exit status, never a traceback loop."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops.private_broker import PrivateBroker
+from tests.harness import Ear, Worker, idle, job, publish, write_config
+
+REELD = str(Path(sys.executable).parent / "reeld")
+
+
+def _run(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [REELD, "run", "--config", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def own_models(models: Path, tmp_path: Path) -> Path:
+    """A copy of the models that a test may damage."""
+    return Path(shutil.copytree(models, tmp_path / "models"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "wrong"])
+def test_bad_model_file_is_one_line_and_78(own_models: Path, tmp_path: Path, fault: str) -> None:
+    """A missing, truncated or wrong file ends `reeld run` with one line that names it, and exit 78."""
+    file = own_models / "tiny-i2v" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    match fault:
+        case "missing":
+            file.unlink()
+        case "truncated":
+            with file.open("r+b") as opened:
+                opened.truncate(file.stat().st_size - 100)
+        case "wrong":
+            shutil.copy(own_models / "tiny-i2v" / "diffusion_pytorch_model-00001-of-00003.safetensors", file)
+    done = _run(write_config(tmp_path, own_models, nproc=2))
+    assert done.returncode == 78
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    assert len(lines) == 1, lines
+    assert str(own_models / "tiny-i2v") in lines[0]
+
+
+def test_check_validates_and_stops(models: Path, tmp_path: Path) -> None:
+    """`reeld run --check` says that all is well and exits 0 without a broker."""
+    config = write_config(tmp_path, models, nproc=2)
+    done = _run(config, "--check")
+    assert done.returncode == 0, done.stderr
+    assert "valid" in done.stdout
+
+
+def test_every_configuration_fault_at_once(tmp_path: Path) -> None:
+    """All faults of a configuration are listed in one go, with exit 78."""
+    config = tmp_path / "bad.toml"
+    config.write_text('pol = "x"\n[broker]\nurl = "http://x"\nheartbeat_seconds = 1\n')
+    done = _run(config)
+    assert done.returncode == 78
+    for field in ("broker.url", "broker.heartbeat_seconds", "models", "pol"):
+        assert field in done.stderr
+
+
+def test_wrong_password_is_77(broker: PrivateBroker, models: Path, tmp_path: Path) -> None:
+    """Refused credentials end the daemon with exit 77: trying again cannot help."""
+    url = broker.amqp_url.replace("guest:guest", "guest:wrong")
+    worker = Worker(write_config(tmp_path, models, nproc=1), url, tmp_path)
+    try:
+        assert worker.process.wait(120) == 77, worker.tail()
+        assert any("refused the user or the password" in line.get("reason", "") for line in worker.logs())
+        assert "wrong@" not in worker.log_path.read_text()
+    finally:
+        worker.end()
+
+
+def test_no_topology_is_78(vhost: str, models: Path, tmp_path: Path) -> None:
+    """With topology.apply off and nothing declared, the daemon prints what is missing and exits 78."""
+    config = write_config(tmp_path, models, nproc=1)
+    config.write_text(config.read_text().replace("apply = true", "apply = false"))
+    worker = Worker(config, vhost, tmp_path)
+    try:
+        assert worker.process.wait(120) == 78, worker.tail()
+        assert any("reeld.jobs.test: missing" in line.get("reason", "") for line in worker.logs())
+    finally:
+        worker.end()
+
+
+def test_no_broker_is_waited_for(models: Path, tmp_path: Path) -> None:
+    """Without a broker the daemon backs off, says why and prints no traceback; it works once the broker is there."""
+    with PrivateBroker(tmp_path / "broker") as own:
+        url = own.amqp_url
+        own.kill()
+        worker = Worker(write_config(tmp_path, models, nproc=1), url, tmp_path)
+        try:
+            _wait_for_log(worker, "broker_unavailable")
+            own.start()
+            ear = Ear(url)
+            ear.wait(idle, worker=worker)
+            message = job()
+            publish(url, message)
+            assert ear.terminal(message["job_id"], worker=worker).name == "succeeded"
+            ear.close()
+            assert worker.drain() == 0
+            logs = worker.logs()
+            waits = [line for line in logs if line["event"] == "broker_unavailable"]
+            assert all("retry_in_seconds" in line and line["reason"] for line in waits)
+            assert not [line for line in logs if "exception" in line], "no traceback"
+        finally:
+            worker.end()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: Path, ranks: int) -> None:
+    """`torchrun --nproc-per-node N -m daemon` serves jobs, and drains on SIGTERM, without the launcher."""
+    config = write_config(tmp_path, models, nproc=1)
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    command = [
+        torchrun,
+        "--nproc-per-node",
+        str(ranks),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
+    ear = Ear(vhost)
+    worker = Worker(config, vhost, tmp_path, command=[*command, "-m", "daemon"])
+    try:
+        ear.wait(idle, worker=worker)
+        message = job()
+        publish(vhost, message)
+        seen = ear.terminal(message["job_id"], worker=worker)
+        assert seen.name == "succeeded"
+        assert len(ear.all(name="heartbeat")[-1].data["ranks"]) == ranks
+        worker.drain()
+        ours = [json.loads(line) for line in worker.lines() if line.startswith("{")]
+        assert [line for line in ours if line["event"] == "left" and line["rank"] == 0], "rank 0 left in order"
+    finally:
+        worker.end()
+        ear.close()
+
+
+def _wait_for_log(worker: Worker, event: str) -> None:
+    """Until the worker has logged `event`. Follows the file as it grows."""
+    import time
+
+    deadline = time.monotonic() + 120
+    while not any(f'"{event}"' in line for line in worker.lines()):
+        assert worker.process.poll() is None, worker.tail()
+        assert time.monotonic() < deadline, worker.tail()
+        time.sleep(0.2)  # a growing file offers no event to wait for

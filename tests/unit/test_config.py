@@ -1,0 +1,171 @@
+"""The configuration: read once, judged as a whole, and clear about what is wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from daemon.config import Config, load_config
+from daemon.errors import ConfigError
+
+LEAST = '[[models]]\nprofile = "tiny-t2v"\npath = "/models/tiny-t2v"\n'
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("REELD_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "reeld.toml"
+
+
+def load(file: Path, text: str) -> Config:
+    file.write_text(text, encoding="utf-8")
+    return load_config(file)
+
+
+def faults(file: Path | None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert int(caught.value.exit_status) == 78
+    return str(caught.value)
+
+
+def test_a_model_is_all_that_must_be_said(file: Path) -> None:
+    """Everything but the models has a default, and the pool is named for the first of them."""
+    config = load(file, LEAST)
+    assert config.pool_name == "tiny-t2v"
+    assert config.models[0].path == Path("/models/tiny-t2v")
+    assert config.broker.resolved_url() == "amqp://guest:guest@127.0.0.1:5672/%2F"
+    assert config.topology.retry_delays_seconds == (10, 60, 300)
+
+
+def test_a_pool_is_named_after_a_profiles_file_or_as_told(file: Path) -> None:
+    """A profile's path gives its stem; `pool` wins over both."""
+    text = LEAST.replace('"tiny-t2v"\npath', '"/etc/reeld/mine.toml"\npath')
+    assert load(file, text).pool_name == "mine"
+    assert load(file, 'pool = "fast"\n' + text).pool_name == "fast"
+
+
+def test_all_faults_are_listed_at_once(file: Path) -> None:
+    """Each fault has a line of its own with the file and the path of the field."""
+    file.write_text(
+        """
+        colour = "red"
+        nproc_per_node = 0
+        [broker]
+        url = "http://example.org"
+        prefetch_count = 3
+        [topology]
+        retry_delays_seconds = [60, 10]
+        [inputs]
+        schemes = ["ftp"]
+        [[models]]
+        profile = "tiny-t2v"
+        """
+    )
+    lines = faults(file).splitlines()
+    assert all(line.startswith(f"{file}: ") for line in lines)
+    for path in (
+        "colour",
+        "nproc_per_node",
+        "broker.url",
+        "broker.prefetch_count",
+        "topology.retry_delays_seconds",
+        "inputs.schemes.0",
+        "models.0.path",
+    ):
+        assert any(line.startswith(f"{file}: {path}") for line in lines), path
+
+
+def test_a_fault_never_repeats_a_password(file: Path) -> None:
+    """A wrong URL is reported without what it holds."""
+    file.write_text(LEAST + '[broker]\nurl = "http://user:hunter2@example.org"\n')
+    assert "hunter2" not in faults(file)
+
+
+def test_the_environment_beats_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable overrides one field, and the section's other fields stay as the file has them."""
+    monkeypatch.setenv("REELD_BROKER__PREFIX", "from-environment")
+    monkeypatch.setenv("REELD_LOG__LEVEL", "debug")
+    monkeypatch.setenv("REELD_DEVICE", "cpu")
+    monkeypatch.setenv("REELD_POOL", "")  # empty counts as not set
+    config = load(file, 'device = "cuda"\npool = "a"\n' + LEAST + '[broker]\nprefix = "x"\nheartbeat_seconds = 7\n')
+    assert (config.broker.prefix, config.broker.heartbeat_seconds) == ("from-environment", 7)
+    assert (config.device, config.log.level, config.pool) == ("cpu", "debug", "a")
+
+
+def test_the_environment_alone_can_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a file the environment configures everything, lists as JSON."""
+    monkeypatch.setenv("REELD_MODELS", '[{"profile": "tiny-t2v", "path": "/m"}]')
+    assert load_config(None).models[0].path == Path("/m")
+
+
+def test_a_fault_in_the_environment_is_listed(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """A wrong value in a variable is a configuration error by the field's path."""
+    file.write_text(LEAST)
+    monkeypatch.setenv("REELD_BROKER__HEARTBEAT_SECONDS", "soon")
+    monkeypatch.setenv("REELD_BROKER__URLL", "amqp://x")
+    text = faults(file)
+    assert "broker.heartbeat_seconds" in text
+    assert "broker.urll" in text
+
+
+def test_a_variable_that_must_be_json_and_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that is not JSON is a configuration error too, and not a traceback."""
+    monkeypatch.setenv("REELD_MODELS", "tiny-t2v")
+    assert "models" in faults(None)
+
+
+def test_reeld_amqp_url_is_short_for_the_brokers_url(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REELD_AMQP_URL beats the file, and the long name beats it, unless that is empty."""
+    text = LEAST + '[broker]\nurl = "amqp://file"\nprefix = "kept"\n'
+    monkeypatch.setenv("REELD_AMQP_URL", "amqps://short")
+    config = load(file, text)
+    assert (config.broker.url, config.broker.prefix) == ("amqps://short", "kept")
+    monkeypatch.setenv("REELD_BROKER__URL", "")
+    assert load(file, text).broker.url == "amqps://short"
+    monkeypatch.setenv("REELD_BROKER__URL", "amqp://long")
+    assert load(file, text).broker.url == "amqp://long"
+
+
+def test_url_file_wins_over_url(file: Path, tmp_path: Path) -> None:
+    """A credential's file holds the URL, with or without a newline."""
+    secret = tmp_path / "url"
+    secret.write_text("amqps://u:p@host/v\n")
+    config = load(file, LEAST + f'[broker]\nurl_file = "{secret}"\n')
+    assert config.broker.resolved_url() == "amqps://u:p@host/v"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"http://x:hunter2@y", b"\xff\xfe"])
+def test_an_unusable_url_file_is_a_configuration_error(file: Path, tmp_path: Path, content: bytes | None) -> None:
+    """Missing, empty, wrong or binary: the file is named and its content is not."""
+    secret = tmp_path / "url"
+    if content is not None:
+        secret.write_bytes(content)
+    broker = load(file, LEAST + f'[broker]\nurl_file = "{secret}"\n').broker
+    with pytest.raises(ConfigError) as caught:
+        broker.resolved_url()
+    assert str(secret) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"models = [", b"a = 1\na = 2", b"\xff\xfe"])
+def test_bad_toml_is_a_configuration_error(file: Path, content: bytes) -> None:
+    """A file that is no TOML is named."""
+    file.write_bytes(content)
+    assert faults(file).startswith(f"{file}: not valid TOML")
+
+
+def test_a_missing_file_is_a_configuration_error(file: Path, tmp_path: Path) -> None:
+    """A file that is not there, or is a folder, is named together with the option that names it."""
+    assert faults(file) == f"{file}: No such file or directory; give the path of reeld's TOML file with --config"
+    assert "Is a directory" in faults(tmp_path)
+
+
+def test_no_configuration_at_all_says_what_is_missing() -> None:
+    """Without file and environment the models are asked for."""
+    assert faults(None) == "environment: models: Field required"

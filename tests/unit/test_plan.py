@@ -1,0 +1,94 @@
+"""The words that the ranks exchange, and what a world of a given size can be asked for."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from parallel.plan import (
+    Generate,
+    GenerationPlan,
+    Outcome,
+    Shutdown,
+    check_sequence,
+    decode_command,
+    encode_command,
+    resolve_degrees,
+)
+
+PLAN = GenerationPlan(
+    job_id="job-1",
+    attempt=2,
+    task="text_to_video",
+    model="tiny-t2v",
+    prompt="ein Fuchs 🦊\n\0",
+    negative_prompt="",
+    seed=2**63 - 1,
+    height=64,
+    width=96,
+    num_frames=9,
+    num_inference_steps=4,
+    cfg_scale=0.1,
+    sigma_shift=5.0,
+    switch_boundary=0.875,
+    input_image=None,
+    time_limit_seconds=1700.0,
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [Generate(PLAN), Generate(replace(PLAN, input_image="/work/job-1/input_image")), Shutdown("drained")],
+)
+def test_a_command_arrives_as_it_was_sent(command: Generate | Shutdown) -> None:
+    """Every rank decodes exactly the plan that rank 0 encoded, to the last bit of its numbers."""
+    assert decode_command(encode_command(command)) == command
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"command": "pause"},
+        {"command": "shutdown"},
+        {"command": "generate", "plan": None},
+        {"command": "generate", "plan": {**asdict(PLAN), "lora": "x"}},
+        {"command": "generate", "plan": {k: v for k, v in asdict(PLAN).items() if k != "seed"}},
+        [],
+    ],
+)
+def test_a_command_of_another_version_is_refused(message: object) -> None:
+    """A rank that is asked for what it does not know says so, instead of doing half of it."""
+    with pytest.raises(ValueError, match="one version of reeld"):
+        decode_command(json.dumps(message).encode())
+
+
+@pytest.mark.parametrize("outcome", [Outcome(rank=0), Outcome(rank=7, code="internal", message="ü: boom")])
+def test_an_outcome_arrives_as_it_was_reported(outcome: Outcome) -> None:
+    """A rank's outcome survives the store, and only one without a code is ok."""
+    assert Outcome.from_json(outcome.to_json()) == outcome
+    assert outcome.ok == (outcome.code is None)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_all_ranks_of_a_divisor_split_the_heads(world_size: int) -> None:
+    """The Ulysses degree is the whole world where it divides the heads."""
+    assert resolve_degrees(world_size=world_size, num_heads=12).ulysses_degree == world_size
+
+
+@pytest.mark.parametrize("world_size", [5, 8, 24])
+def test_a_world_that_does_not_divide_the_heads_is_told_what_would(world_size: int) -> None:
+    """The refusal prints every factor and all numbers of ranks that work."""
+    with pytest.raises(ValueError, match="does not divide num_heads 12") as caught:
+        resolve_degrees(world_size=world_size, num_heads=12)
+    assert f"ulysses_degree {world_size} (= world_size {world_size})" in str(caught.value)
+    assert "[1, 2, 3, 4, 6, 12]" in str(caught.value)
+
+
+def test_a_sequence_must_give_each_rank_a_slice() -> None:
+    """Five tokens in slices of two fill three of four ranks, so four ranks are too many."""
+    for world_size in (1, 2, 3, 5):
+        check_sequence(num_tokens=5, world_size=world_size)
+    with pytest.raises(ValueError, match="5 tokens in slices of 2 fill only 3 of 4 ranks"):
+        check_sequence(num_tokens=5, world_size=4)
+    with pytest.raises(ValueError, match="fill only 5 of 8 ranks"):
+        check_sequence(num_tokens=5, world_size=8)

@@ -1,0 +1,121 @@
+"""From a job to a plan: nothing is left open, and what cannot be done is refused by its path."""
+
+import json
+from typing import Any
+
+import pytest
+
+from daemon.config import LimitsConfig
+from daemon.errors import ErrorCode, PermanentJobError
+from daemon.job import Job, make_job, parse_job_message
+from daemon.planning import Draft, draft_plan
+from parallel.profile import load_profile
+
+T2V, I2V = load_profile("tiny-t2v"), load_profile("tiny-i2v")
+LIMITS = LimitsConfig()
+IMAGE: dict[str, Any] = {"task": "image_to_video", "inputs": {"input_image": "https://example.org/a.png"}}
+
+
+def job(**fields: Any) -> Job:
+    body = {"schema": "reeld.job/1", "job_id": "job-1", "task": "text_to_video", "prompt": "a fox"} | fields
+    return make_job(parse_job_message(json.dumps(body).encode(), max_body_bytes=1 << 20), message_id=None, attempt=3)
+
+
+def draft(limits: LimitsConfig = LIMITS, world_size: int = 1, **fields: Any) -> Draft:
+    return draft_plan(job(**fields), {"tiny-t2v": T2V, "tiny-i2v": I2V}, limits, world_size=world_size)
+
+
+def refusal(limits: LimitsConfig = LIMITS, world_size: int = 1, **fields: Any) -> PermanentJobError:
+    with pytest.raises(PermanentJobError) as caught:
+        draft(limits, world_size, **fields)
+    return caught.value
+
+
+def test_what_a_job_leaves_out_comes_from_the_models_defaults() -> None:
+    """A job with only a prompt gets every parameter of its model's profile."""
+    made, defaults = draft(), T2V.defaults
+    plan = made.plan
+    assert (plan.job_id, plan.attempt, plan.model) == ("job-1", 3, "tiny-t2v")
+    for name in ("height", "width", "num_frames", "num_inference_steps", "cfg_scale", "sigma_shift"):
+        assert getattr(plan, name) == getattr(defaults, name)
+    assert plan.negative_prompt == defaults.negative_prompt
+    assert made.fps == defaults.fps
+    assert plan.time_limit_seconds == LIMITS.time_limit_seconds
+
+
+def test_what_a_job_says_wins_over_the_defaults() -> None:
+    """Zero and the empty string are values, not absences."""
+    plan = draft(parameters={"seed": 0, "cfg_scale": 0, "num_inference_steps": 7}, negative_prompt="").plan
+    assert (plan.seed, plan.cfg_scale, plan.num_inference_steps, plan.negative_prompt) == (0, 0.0, 7, "")
+    assert draft(output={"fps": 24}).fps == 24
+
+
+@pytest.mark.parametrize(("asked", "frames"), [(1, 1), (2, 5), (5, 5), (6, 9), (80, 81), (81, 81)])
+def test_frames_are_rounded_up_as_diffsynth_rounds_them(asked: int, frames: int) -> None:
+    """num_frames becomes the next 4n+1."""
+    assert draft(parameters={"num_frames": asked}).plan.num_frames == frames
+
+
+def test_height_and_width_are_rounded_up_to_the_models_multiple() -> None:
+    """Sizes become the next multiple of the model's own, and exact ones stay."""
+    plan = draft(parameters={"height": 65, "width": 96}).plan
+    assert (plan.height, plan.width) == (80, 96)
+
+
+def test_a_missing_seed_is_drawn_once() -> None:
+    """Two jobs without a seed get seeds of their own, resolved before any rank sees them."""
+    seeds = {draft().plan.seed for _ in range(8)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_a_jobs_time_limit_can_only_be_shorter_than_the_workers() -> None:
+    """The worker's limit is the default and the ceiling."""
+    assert draft(time_limit_seconds=5).plan.time_limit_seconds == 5
+    assert draft(time_limit_seconds=1e6).plan.time_limit_seconds == LIMITS.time_limit_seconds
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "says"),
+    [
+        ({"parameters": {"height": 1296, "width": 1280}}, "parameters.height", "1658880 pixels a frame"),
+        ({"parameters": {"num_frames": 242}}, "parameters.num_frames", "245 frames"),
+        ({"parameters": {"num_inference_steps": 201}}, "parameters.num_inference_steps", "201 steps"),
+        ({"prompt": "x" * 4001}, "prompt", "4001 characters"),
+        ({"negative_prompt": "x" * 4001}, "negative_prompt", "4001 characters"),
+        ({"task": "image_to_video"}, "inputs.input_image", "needs an input_image"),
+        ({"inputs": {"input_image": "data:,"}}, "inputs.input_image", "takes no input_image"),
+    ],
+)
+def test_what_is_over_a_limit_is_refused_by_its_path(fields: dict[str, Any], path: str, says: str) -> None:
+    """A job over this worker's limits, after rounding, is malformed and told the number that counted."""
+    error = refusal(**fields)
+    assert error.code is ErrorCode.MALFORMED_JOB
+    assert error.path == path
+    assert says in error.message
+
+
+def test_the_task_picks_the_model() -> None:
+    """An image goes to the model that takes one, and its URI stays out of the plan until it is staged."""
+    made = draft(**IMAGE)
+    assert made.plan.model == "tiny-i2v"
+    assert made.plan.input_image is None
+    assert made.image_uri == IMAGE["inputs"]["input_image"]
+
+
+def test_a_task_that_no_model_offers_is_refused() -> None:
+    """The refusal names the tasks that this pool does offer."""
+    with pytest.raises(PermanentJobError) as caught:
+        draft_plan(job(**IMAGE), {"tiny-t2v": T2V}, LIMITS, world_size=1)
+    assert caught.value.code is ErrorCode.UNSUPPORTED_TASK
+    assert caught.value.path == "task"
+    assert "text_to_video" in caught.value.message
+
+
+def test_a_video_too_small_for_the_world_is_refused() -> None:
+    """One token cannot be spread over two ranks, and one rank does not mind."""
+    smallest = {"height": 16, "width": 16, "num_frames": 1}
+    assert draft(parameters=smallest).plan.num_frames == 1
+    error = refusal(world_size=2, parameters=smallest)
+    assert error.code is ErrorCode.UNSUPPORTED_TASK
+    assert "1 of 2 ranks" in error.message

@@ -1,0 +1,120 @@
+"""What a job leaves on disk: one video that counts, one manifest, and no litter."""
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.errors import ErrorCode, TransientJobError
+from daemon.storage import MANIFEST, Storage
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_video_is_named_by_its_content(tmp_path: Path) -> None:
+    """The name holds the hash, so equal videos have one name and different ones two."""
+    storage = Storage(tmp_path / "not" / "there" / "yet")
+    stored = []
+    for content in (b"one", b"two", b"one"):
+        with storage.temporary_video("job-1") as temporary:
+            temporary.write_bytes(content)
+            stored.append(storage.keep_video("job-1", temporary))
+    assert stored[0] == stored[2]
+    assert stored[0].sha256 == hashlib.sha256(b"one").hexdigest()
+    assert stored[0].path.name == f"video-{stored[0].sha256[:16]}.mp4"
+    assert stored[0].path.is_absolute()
+    assert (stored[0].bytes, stored[0].path.read_bytes()) == (3, b"one")
+    assert stored[1].path.read_bytes() == b"two"
+    assert names(stored[0].path.parent) == sorted({stored[0].path.name, stored[1].path.name})
+
+
+def test_a_video_that_was_not_finished_is_removed(tmp_path: Path) -> None:
+    """When encoding fails half way, no part file stays behind."""
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("encoder")
+
+    with (
+        pytest.raises(RuntimeError, match="encoder"),
+        Storage(tmp_path).temporary_video("job-1") as temporary,
+    ):
+        fail(temporary)
+    assert temporary.suffix == ".part"
+    assert names(tmp_path / "job-1") == []
+
+
+def test_the_first_manifest_counts(tmp_path: Path) -> None:
+    """A second manifest does not replace the first; its writer gets the first one back."""
+    storage = Storage(tmp_path)
+    (tmp_path / "job-1").mkdir()
+    assert storage.read_manifest("job-1") is None
+    assert storage.create_manifest("job-1", {"by": "é"}) == {"by": "é"}
+    assert storage.create_manifest("job-1", {"by": "b"}) == {"by": "é"}
+    assert storage.read_manifest("job-1") == {"by": "é"}
+    assert names(tmp_path / "job-1") == [MANIFEST]
+
+
+def test_of_many_writers_at_once_one_wins_and_all_agree(tmp_path: Path) -> None:
+    """Daemons that hold the same job agree on whose video counts, whoever comes first."""
+    (tmp_path / "job-1").mkdir()
+    writers = 8
+    start, lock = threading.Barrier(writers), threading.Lock()
+    seen: list[dict[str, Any]] = []
+
+    def write(number: int) -> None:
+        storage = Storage(tmp_path)
+        start.wait()
+        counted = storage.create_manifest("job-1", {"by": number, "padding": "x" * 50_000})
+        with lock:
+            seen.append(counted)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == writers
+    assert all(manifest == seen[0] for manifest in seen)
+    assert Storage(tmp_path).read_manifest("job-1") == seen[0]
+    assert names(tmp_path / "job-1") == [MANIFEST]
+
+
+def test_a_disk_that_says_no_is_a_transient_error(tmp_path: Path) -> None:
+    """What the disk refuses is storage_unavailable, to be tried again."""
+    (tmp_path / "file").write_text("not a folder")
+    storage = Storage(tmp_path / "file")
+
+    def open_video() -> None:
+        with storage.temporary_video("job-1"):
+            pass
+
+    for attempt in (
+        open_video,
+        lambda: storage.keep_video("job-1", tmp_path / "missing.part"),
+        lambda: storage.create_manifest("job-1", {}),
+        lambda: storage.read_manifest("job-1"),
+    ):
+        with pytest.raises(TransientJobError) as caught:
+            attempt()
+        assert caught.value.code is ErrorCode.STORAGE_UNAVAILABLE
+
+
+def test_a_torn_manifest_is_not_taken_for_none(tmp_path: Path) -> None:
+    """A manifest that cannot be read is an error: generating again would break "the first one counts"."""
+    (tmp_path / "job-1").mkdir()
+    (tmp_path / "job-1" / MANIFEST).write_bytes(b'{"half')
+    with pytest.raises(TransientJobError):
+        Storage(tmp_path).read_manifest("job-1")
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """When writing ends half way, nothing of it stays, and there is no manifest."""
+    (tmp_path / "job-1").mkdir()
+    with pytest.raises(TypeError):
+        Storage(tmp_path).create_manifest("job-1", {"good": 1, "bad": object()})
+    assert names(tmp_path / "job-1") == []
