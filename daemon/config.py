@@ -39,10 +39,11 @@ class BrokerConfig(Section):
     backoff_initial_seconds: float = Field(0.5, gt=0, le=60)
     backoff_max_seconds: float = Field(30, gt=0, le=600)
     prefetch_count: int = Field(
-        2,
+        1,
         ge=1,
         le=2,
-        description="2: the next job's denoising overlaps the last job's encoding; 1: strictly fair",
+        description="2: the next job is denoised while the last one is encoded, but a job may wait unacked behind "
+        "another, so the broker's consumer_timeout must exceed twice limits.time_limit_seconds",
     )
 
     @field_validator("url")

@@ -34,13 +34,15 @@ class Storage:
         self._directory = directory
 
     def read_manifest(self, job_id: str) -> dict[str, Any] | None:
-        """The manifest of a finished job, or None. Raises TransientJobError when the disk cannot be read."""
+        """The manifest of a finished job, or None. Raises TransientJobError when there is no reading it."""
         try:
             manifest: dict[str, Any] = json.loads((self._directory / job_id / MANIFEST).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise _unavailable(error) from error
+        if not isinstance(manifest, dict) or not {"request_digest", "result"} <= manifest.keys():
+            raise _unavailable(ValueError(f"{job_id}/{MANIFEST} is no manifest of reeld's"))
         return manifest
 
     @contextmanager

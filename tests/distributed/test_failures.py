@@ -1,7 +1,9 @@
 """What bad input gets, from the process's point of view: one line, an exit status, never a traceback loop."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ops.private_broker import PrivateBroker
-from tests.harness import Ear, Worker, idle, job, publish, write_config
+from tests.harness import Ear, Worker, idle, job, publish, take, write_config
 
 REELD = str(Path(sys.executable).parent / "reeld")
 
@@ -108,6 +110,30 @@ def test_no_broker_is_waited_for(models: Path, tmp_path: Path) -> None:
             assert not [line for line in logs if "exception" in line], "no traceback"
         finally:
             worker.end()
+
+
+def test_job_that_kills_its_worker_is_given_up(vhost: str, models: Path, tmp_path: Path) -> None:
+    """A job that took a process down as often as the delivery limit allows is dead-lettered with its reason."""
+    config = write_config(tmp_path, models, nproc=1, topology="delivery_limit = 1")
+    ear = Ear(vhost)
+    worker = Worker(config, vhost, tmp_path)
+    try:
+        ear.wait(idle, worker=worker)
+        message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 100})
+        publish(vhost, message)
+        ear.wait(lambda seen: seen.name == "progress" and seen.data["phase"] == "denoise", worker=worker)
+        rank0 = next(line["pid"] for line in worker.logs() if line["rank"] == 0)
+        os.kill(rank0, signal.SIGKILL)
+        failed = ear.terminal(message["job_id"], worker=worker)
+        assert (failed.name, failed.data["code"]) == ("failed", "worker_lost")
+        letters = take(vhost, "reeld.jobs.test.dead")
+        assert [properties.headers["x-reeld-code"] for properties, _ in letters] == ["worker_lost"]
+        other = job()
+        publish(vhost, other)
+        assert ear.terminal(other["job_id"], worker=worker).name == "succeeded"
+    finally:
+        worker.end()
+        ear.close()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

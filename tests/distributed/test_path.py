@@ -90,12 +90,16 @@ def test_amqp_publish_makes_a_playable_video(running: Running, models: Path) -> 
     assert (video["num_frames"], video["width"], video["height"], video["fps"]) == (13, 96, 64, 8)
 
     reference = _reference(models / "tiny-t2v", message, running.folder)
-    error = np.mean((frames.astype(float) - reference) ** 2)
+    # yuv420p halves the colour's resolution, which these noisy frames show; brightness must come through.
+    error = np.mean((_luma(frames) - _luma(reference)) ** 2)
+    other = np.mean((_luma(np.roll(frames, 1, axis=0)) - _luma(reference)) ** 2)
     psnr = 10 * np.log10(255**2 / error)
-    other = np.mean((np.roll(frames, 1, axis=0).astype(float) - reference) ** 2)
-    # yuv420p halves the colour's resolution and x264 is lossy: near, and nearer than any other frame order.
-    assert psnr > 28, psnr
-    assert error < other / 4
+    assert psnr > 32, psnr
+    assert error < other / 10, "each frame is nearest to its own"
+
+
+def _luma(frames: Any) -> Any:
+    return frames.astype(float) @ np.array([0.299, 0.587, 0.114])
 
 
 def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
@@ -283,9 +287,11 @@ def test_heartbeats_name_every_rank_at_work_and_at_rest(running: Running) -> Non
     beats = running.ear.all(name="heartbeat")
     assert all([rank["rank"] for rank in beat.data["ranks"]] == [0, 1] for beat in beats)
     during = [
-        each for each in running.ear.all()[start:end] if each.name == "heartbeat" and each.data["state"] == "generating"
+        each
+        for each in running.ear.all()[start:end]
+        if each.name == "heartbeat" and all(rank["state"] == "generating" for rank in each.data["ranks"])
     ]
-    assert during, "no heartbeat while the job ran"
+    assert during, "no heartbeat with both ranks at work while the job ran"
     for rank in during[-1].data["ranks"]:
         assert rank["job_id"] == message["job_id"]
         assert rank["memory_used_bytes"] > 0
