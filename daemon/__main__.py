@@ -4,7 +4,9 @@ The configuration file is named by REELD_CONFIG. Logs are set up before anything
 what torch, xfuser and DiffSynth print while they are imported belongs in the logs as well.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +17,21 @@ from daemon.logs import finish_logs, setup_logs
 CONFIG_VARIABLE = "REELD_CONFIG"
 
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Has the kernel end this rank when the agent that started it is gone: nobody else would, and it holds a GPU."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:  # it died before the call
+        os._exit(1)
+
+
 def main() -> int:
+    die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     path = os.environ.get(CONFIG_VARIABLE)
     fault: ConfigError | None = None

@@ -21,12 +21,13 @@ class Accepted(_Data):
     job_id: str
     attempt: int
     worker_id: str
-    ulysses_degree: int
-    world_size: int
 
 
 class Started(Accepted):
     """The plan was sent to every rank."""
+
+    ulysses_degree: int
+    world_size: int
 
 
 class JobProgress(_Data):
@@ -67,7 +68,7 @@ class Result(_Data):
     video: Video
     plan: dict[str, Any] = Field(description="every parameter as it was used, the seed included")
     timings: dict[str, float] = Field(description="seconds")
-    manifest: str = Field(description="path of the manifest beside the video")
+    manifest: str | None = Field(None, description="path of the manifest beside the video")
 
 
 class Succeeded(_Data):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ops.private_broker import PrivateBroker
@@ -131,6 +132,23 @@ def test_job_that_kills_its_worker_is_given_up(vhost: str, models: Path, tmp_pat
         other = job()
         publish(vhost, other)
         assert ear.terminal(other["job_id"], worker=worker).name == "succeeded"
+    finally:
+        worker.end()
+        ear.close()
+
+
+def test_ranks_die_with_a_killed_launcher(vhost: str, models: Path, tmp_path: Path) -> None:
+    """`kill -9` of the launcher leaves no rank behind that would hold a GPU."""
+    ear = Ear(vhost)
+    worker = Worker(write_config(tmp_path, models, nproc=2), vhost, tmp_path)
+    try:
+        ear.wait(idle, worker=worker)
+        ranks = [psutil.Process(pid) for pid in {line["pid"] for line in worker.logs() if line["rank"] is not None}]
+        assert len(ranks) == 2
+        worker.process.kill()
+        gone, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive, alive
+        assert len(gone) == 2
     finally:
         worker.end()
         ear.close()
