@@ -47,6 +47,7 @@ def main() -> int:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         capture=True,
+        directory=config.log.directory if config else None,
     )
     import structlog
 

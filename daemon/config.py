@@ -118,6 +118,7 @@ class LimitsConfig(Section):
 class LogConfig(Section):
     format: Literal["auto", "json", "console"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
+    directory: Path | None = Field(None, description="also write rank-N.jsonl files there; logrotate may move them")
 
 
 class Config(BaseSettings):

@@ -31,7 +31,7 @@ def check(config: Config) -> list[ModelFiles]:
     """Everything that can be validated without the broker and the GPUs. Raises ConfigError."""
     files = check_models(config)
     config.broker.resolved_url()
-    for directory in (config.output.directory, config.work_directory):
+    for directory in filter(None, (config.output.directory, config.work_directory, config.log.directory)):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):

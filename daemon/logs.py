@@ -9,6 +9,7 @@ import faulthandler
 import fcntl
 import json
 import logging
+import logging.handlers
 import os
 import socket
 import sys
@@ -116,10 +117,13 @@ def setup_logs(
     local_rank: int | None,
     world_size: int | None,
     capture: bool,
+    directory: Path | None = None,
 ) -> None:
     """Sets up the logs of this process. Call it once, first, before anything heavy is imported.
 
-    `format_` is json, console, or auto (console on a terminal). `rank` is None in the launcher.
+    `format_` is json, console, or auto (console on a terminal). `rank` is None in the launcher. With a `directory` the
+    same events also go, as JSON, to a file there, which may be moved away while it is written. Raises OSError when
+    that file cannot be opened.
     """
     global _capture
     # Under the launcher, fd 2 of a rank is the launcher's pipe.
@@ -178,6 +182,12 @@ def setup_logs(
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = "launcher" if rank is None else f"rank-{rank}"
+        file_handler = logging.handlers.WatchedFileHandler(directory / f"{name}.jsonl", encoding="utf-8")
+        file_handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=as_json))
+        root.addHandler(file_handler)
     root.setLevel(_LEVELS[level])
     logging.captureWarnings(True)
     warnings.simplefilter("default")

@@ -41,6 +41,7 @@ class Running:
 def running(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("path")
     config = write_config(folder, models, nproc=2, topology="retry_delays_seconds = [1, 2]")
+    config.write_text(config.read_text() + f'[log]\ndirectory = "{folder}/logs"\n')
     with fresh_vhost(broker) as url:
         ear = Ear(url)
         worker = Worker(config, url, folder)
@@ -328,6 +329,11 @@ def test_every_line_parses_from_start_to_drain(running: Running) -> None:
     assert running.ear.terminal(message["job_id"], timeout=5).name == "succeeded"
     logs = running.worker.logs()
     assert {line["rank"] for line in logs} == {None, 0, 1}
+    files = {path.name: path for path in (running.folder / "logs").iterdir()}
+    assert set(files) == {"launcher.jsonl", "rank-0.jsonl", "rank-1.jsonl"}
+    of_rank_1 = [json.loads(line) for line in files["rank-1.jsonl"].read_text().splitlines()]
+    assert {line["rank"] for line in of_rank_1} == {1}
+    assert of_rank_1[-1]["event"] == "left"
     captured = " ".join(line.get("text", "") for line in logs if line["event"] == "captured_output")
     assert "Loading models from" in captured, "DiffSynth's prints are log lines"
     assert time.monotonic() - begun < 60
