@@ -153,16 +153,21 @@ def setup_logs(
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
     ]
-    final: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if console:
-        final += [structlog.processors.TimeStamper("%H:%M:%S", utc=False), structlog.dev.ConsoleRenderer()]
-    else:
-        final += [
-            structlog.processors.format_exc_info,
-            add_fixed,
-            structlog.processors.JSONRenderer(default=str),
-        ]
-    formatter = structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final)
+    plain = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    as_json: list[Any] = [
+        plain,
+        structlog.processors.format_exc_info,
+        add_fixed,
+        structlog.processors.JSONRenderer(default=str),
+    ]
+    for_people: list[Any] = [
+        plain,
+        structlog.processors.TimeStamper("%H:%M:%S", utc=False),
+        structlog.dev.ConsoleRenderer(),
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared, processors=for_people if console else as_json
+    )
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -206,10 +211,10 @@ def setup_logs(
     # pika says at INFO what reeld says in its own words.
     for noisy in ("pika", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy == "pika" else logging.WARNING)
-    directory = os.environ.get(CRASH_VARIABLE)
-    if directory and rank is not None:
+    crash_directory = os.environ.get(CRASH_VARIABLE)
+    if crash_directory and rank is not None:
         # The launcher turns this file into a log line when the rank died: a raw trace would not parse.
-        faulthandler.enable((Path(directory) / f"rank-{rank}.txt").open("w"))
+        faulthandler.enable((Path(crash_directory) / f"rank-{rank}.txt").open("w"))
     if capture:
         os.environ.setdefault("TQDM_DISABLE", "1")
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.
