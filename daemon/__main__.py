@@ -32,6 +32,8 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
+    if "REELD_LAUNCHER" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launcher, from the first line on
     rank = int(os.environ.get("RANK", "0"))
     path = os.environ.get(CONFIG_VARIABLE)
     fault: ConfigError | None = None

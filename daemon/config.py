@@ -9,6 +9,7 @@ environment is read here, once. Leaves out the job's own fields (`daemon.job`) a
 import os
 import socket
 import tomllib
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,9 @@ class BrokerConfig(Section):
     def _is_amqp(cls, value: str) -> str:
         if not value.startswith(("amqp://", "amqps://")):
             raise ValueError("must start with amqp:// or amqps://")
+        if not urllib.parse.urlsplit(value).hostname:
+            raise ValueError("names no host")
+        _ = urllib.parse.urlsplit(value).port  # raises ValueError when it is no port
         return value
 
     def resolved_url(self) -> str:

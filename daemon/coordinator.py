@@ -149,7 +149,8 @@ class Coordinator:
             raise JobCancelled
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
-        self._reporter.job("accepted", job, {})
+        size = self._context.world.world_size
+        self._reporter.job("accepted", job, {"ulysses_degree": size, "world_size": size})
         draft = draft_plan(job, self._profiles, self._config.limits, world_size=self._context.world.world_size)
         plan = self._stage(job, draft)
         staged = time.monotonic()
@@ -331,7 +332,12 @@ class Coordinator:
                 "request_digest": job.request_digest,
                 "finished_at": now(),
                 "worker_id": self._config.worker_id,
-                "result": {"video": video, "plan": asked, "timings": spent},
+                "result": {
+                    "video": video,
+                    "plan": asked,
+                    "timings": spent,
+                    "manifest": str(self._storage.manifest_path(job.job_id)),
+                },
             }
             counted = self._storage.create_manifest(job.job_id, manifest)
             if counted["result"]["video"]["sha256"] != stored.sha256:

@@ -16,7 +16,7 @@ import structlog
 
 from daemon.config import Config
 from daemon.errors import ConfigError, ExitStatus
-from daemon.logs import CRASH_VARIABLE, LOCK_VARIABLE, finish_logs, log_format_for_ranks, setup_logs
+from daemon.logs import LOCK_VARIABLE, READY_MARK, RUNTIME_VARIABLE, finish_logs, log_format_for_ranks, setup_logs
 from daemon.models import check_models
 from parallel.profile import ModelFiles
 
@@ -48,7 +48,7 @@ def run(config: Config, config_path: Path | None) -> int:
     with tempfile.TemporaryDirectory(prefix="reeld-") as runtime:
         format_ = log_format_for_ranks(config.log.format)
         os.environ[LOCK_VARIABLE] = str(Path(runtime) / "log.lock")
-        os.environ[CRASH_VARIABLE] = runtime
+        os.environ[RUNTIME_VARIABLE] = runtime
         os.environ["REELD_LOG_FORMAT_RESOLVED"] = format_
         os.environ["REELD_LAUNCHER"] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
@@ -68,19 +68,35 @@ def run(config: Config, config_path: Path | None) -> int:
             finish_logs()
 
 
+class _DrainedWhileStarting(BaseException):
+    """Raised by the signal handler: nothing is held yet, so the ranks can simply be ended.
+
+    A BaseException, because it must get through torchrun's agent, which ends its ranks on the way.
+    """
+
+
 class _Launcher:
     def __init__(self, nproc: int, runtime: Path) -> None:
         self._nproc = nproc
         self._runtime = runtime
+        self._ready = runtime / READY_MARK
         self._draining = False
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        try:
+            return self._run_groups()
+        except _DrainedWhileStarting:
+            log.info("stopped", exit_status=0, reason="asked to while starting")
+            return int(ExitStatus.OK)
+
+    def _run_groups(self) -> int:
         failures = 0
         while True:
             log.info("starting_ranks", nproc_per_node=self._nproc)
             begun = time.monotonic()
+            self._ready.unlink(missing_ok=True)
             status = self._run_group()
             self._log_crashes()
             if status in (ExitStatus.OK, ExitStatus.CONFIG, ExitStatus.NOPERM):
@@ -112,6 +128,8 @@ class _Launcher:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._draining = True
+        if not self._ready.exists():
+            raise _DrainedWhileStarting
         rank0 = self._rank0()
         log.info("signal", signal=signal.Signals(number).name, forwarded_to=rank0.pid if rank0 else None)
         if rank0 is not None:

@@ -28,7 +28,9 @@ from daemon.events import now
 LOCK_VARIABLE = "REELD_LOG_LOCK"
 # Begins a line that a rank has formatted already; the launcher passes it on as it is. (RFC 7464's record separator.)
 _FORMATTED = b"\x1e"
-CRASH_VARIABLE = "REELD_CRASH_DIRECTORY"
+RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
+# Rank 0 makes this file in the runtime directory once it takes SIGUSR1 for a wish to drain.
+READY_MARK = "ready"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -43,7 +45,8 @@ class LineWriter:
         self._descriptor = descriptor
         self._prefix = prefix
         self._lock_file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) if lock_path else None
-        self._lock = threading.Lock()
+        # Reentrant, because the launcher's signal handler logs, and may interrupt a line being written.
+        self._lock = threading.RLock()
 
     def write(self, line: str) -> None:
         self.write_bytes(self._prefix + line.encode("utf-8", "backslashreplace") + b"\n")
@@ -211,10 +214,10 @@ def setup_logs(
     # pika says at INFO what reeld says in its own words.
     for noisy in ("pika", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy == "pika" else logging.WARNING)
-    crash_directory = os.environ.get(CRASH_VARIABLE)
-    if crash_directory and rank is not None:
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    if runtime and rank is not None:
         # The launcher turns this file into a log line when the rank died: a raw trace would not parse.
-        faulthandler.enable((Path(crash_directory) / f"rank-{rank}.txt").open("w"))
+        faulthandler.enable((Path(runtime) / f"rank-{rank}.txt").open("w"))
     if capture:
         os.environ.setdefault("TQDM_DISABLE", "1")
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -21,6 +22,7 @@ from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError
 from daemon.health import HealthThread, RankState
+from daemon.logs import READY_MARK, RUNTIME_VARIABLE
 from daemon.models import check_models
 from daemon.publisher import Publisher
 from daemon.reporter import Reporter
@@ -138,7 +140,8 @@ def _coordinate(config: Config, world: World, state: RankState, board: HealthBoa
     health = _health(config, world, state, board, publish=heartbeat)
     context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
     coordinator = Coordinator(config, context, consumer, reporter, Storage(config.output.directory))
-    _on_signals(drain=coordinator.drain)
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
     reporter.worker("started", about)
     consumer.start()
@@ -187,13 +190,15 @@ def _health(
     return health
 
 
-def _on_signals(*, drain: Callable[[str], None]) -> None:
+def _on_signals(*, drain: Callable[[str], None], ready: Path | None = None) -> None:
     def handler(number: int, _frame: object) -> None:
         drain(signal.Signals(number).name)
 
     if os.environ.get(LAUNCHER_VARIABLE):
         signal.signal(signal.SIGUSR1, handler)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the launcher, which drains
+        if ready is not None:
+            ready.touch()
     else:
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, handler)

@@ -32,6 +32,7 @@ class Reporter:
         self._topology = topology
         self._worker_id = worker_id
         self._progress_at = 0.0
+        self._progress_phase: tuple[str, int, str] | None = None
 
     def job(self, name: str, job: Job, data: dict[str, Any]) -> None:
         """Offers a non-terminal event: it may be lost when the broker is away."""
@@ -45,10 +46,11 @@ class Reporter:
         self._publisher.offer(self._message(event, persistent=False))
 
     def progress(self, job: Job, data: dict[str, Any]) -> None:
-        """Offers a progress event, at most about one a second."""
+        """Offers a progress event: at most about one a second, and whenever a phase begins."""
         now = time.monotonic()
-        if now - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
-            self._progress_at = now
+        phase = (job.job_id, job.attempt, str(data["phase"]))
+        if phase != self._progress_phase or now - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
+            self._progress_at, self._progress_phase = now, phase
             self.job("progress", job, data)
 
     def terminal(self, name: str, job: Job, data: dict[str, Any]) -> None:

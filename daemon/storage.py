@@ -33,6 +33,9 @@ class Storage:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    def manifest_path(self, job_id: str) -> Path:
+        return (self._directory / job_id / MANIFEST).resolve()
+
     def read_manifest(self, job_id: str) -> dict[str, Any] | None:
         """The manifest of a finished job, or None. Raises TransientJobError when there is no reading it."""
         try:

@@ -154,6 +154,18 @@ def test_ranks_die_with_a_killed_launcher(vhost: str, models: Path, tmp_path: Pa
         ear.close()
 
 
+@pytest.mark.parametrize("event", ["starting_ranks", "joined", "model_loaded"])
+def test_stop_while_starting_exits_0(vhost: str, models: Path, tmp_path: Path, event: str) -> None:
+    """SIGTERM before anything is consumed ends the daemon at once, with exit 0, whatever it was loading."""
+    worker = Worker(write_config(tmp_path, models, nproc=2), vhost, tmp_path)
+    try:
+        _wait_for_log(worker, event)
+        assert worker.drain() == 0, worker.tail()
+        assert not [line for line in worker.logs() if "exception" in line]
+    finally:
+        worker.end()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: Path, ranks: int) -> None:
     """`torchrun --nproc-per-node N -m daemon` serves jobs, and drains on SIGTERM, without the launcher."""
