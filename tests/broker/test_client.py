@@ -77,6 +77,8 @@ def reeld(*arguments: str, url: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         env={**clean, "REELD_AMQP_URL": url, "NO_COLOR": "1"},
+        # A test run in a shell's background has SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             yield process

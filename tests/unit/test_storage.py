@@ -53,10 +53,21 @@ def test_the_first_manifest_counts(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     (tmp_path / "job-1").mkdir()
     assert storage.read_manifest("job-1") is None
-    assert storage.create_manifest("job-1", {"by": "é"}) == {"by": "é"}
-    assert storage.create_manifest("job-1", {"by": "b"}) == {"by": "é"}
-    assert storage.read_manifest("job-1") == {"by": "é"}
+    first = {"request_digest": "é", "result": {}}
+    assert storage.create_manifest("job-1", first) == first
+    assert storage.create_manifest("job-1", {"request_digest": "b", "result": {}}) == first
+    assert storage.read_manifest("job-1") == first
     assert names(tmp_path / "job-1") == [MANIFEST]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"request_digest": "a"}', "{", "\\xff"])
+def test_what_is_no_manifest_answers_no_job(tmp_path: Path, text: str) -> None:
+    """A manifest file that reeld did not write is a fault of the storage, not a result."""
+    (tmp_path / "job-1").mkdir()
+    (tmp_path / "job-1" / MANIFEST).write_text(text)
+    with pytest.raises(TransientJobError) as caught:
+        Storage(tmp_path).read_manifest("job-1")
+    assert caught.value.code is ErrorCode.STORAGE_UNAVAILABLE
 
 
 def test_of_many_writers_at_once_one_wins_and_all_agree(tmp_path: Path) -> None:
@@ -69,7 +80,7 @@ def test_of_many_writers_at_once_one_wins_and_all_agree(tmp_path: Path) -> None:
     def write(number: int) -> None:
         storage = Storage(tmp_path)
         start.wait()
-        counted = storage.create_manifest("job-1", {"by": number, "padding": "x" * 50_000})
+        counted = storage.create_manifest("job-1", {"request_digest": str(number), "result": {"padding": "x" * 50_000}})
         with lock:
             seen.append(counted)
 
