@@ -61,6 +61,7 @@ def run(config: Config, config_path: Path | None) -> int:
             local_rank=None,
             world_size=nproc,
             capture=True,
+            directory=config.log.directory,
         )
         try:
             return _Launcher(nproc, Path(runtime)).run()
