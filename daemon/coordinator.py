@@ -151,7 +151,7 @@ class Coordinator:
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
         size = self._context.world.world_size
         self._reporter.job("accepted", job, {"ulysses_degree": size, "world_size": size})
-        draft = draft_plan(job, self._profiles, self._config.limits, world_size=self._context.world.world_size)
+        draft = draft_plan(job, self._profiles, self._config.limits, world_size=size)
         plan = self._stage(job, draft)
         staged = time.monotonic()
         try:

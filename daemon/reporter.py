@@ -113,19 +113,11 @@ class Reporter:
             job,
             {"delay_seconds": delay_seconds, "code": str(error.code), "message": error.message},
         )
-        self._publisher.publish(
-            Message(
-                exchange="",
-                routing_key=self._topology.retry_queue(delay_seconds),
-                body=delivery.body,
-                mandatory=True,
-                content_type=delivery.content_type or "application/json",
-                message_id=delivery.message_id,
-                correlation_id=delivery.correlation_id,
-                reply_to=delivery.reply_to,
-                headers={**_own_headers(delivery), ATTEMPT_HEADER: job.attempt + 1},
-            ),
-            timeout_seconds=_PUBLISH_SECONDS,
+        self._publish_copy(
+            delivery,
+            exchange="",
+            routing_key=self._topology.retry_queue(delay_seconds),
+            headers={ATTEMPT_HEADER: job.attempt + 1},
         )
 
     def worker(self, name: str, data: dict[str, Any]) -> None:
@@ -134,8 +126,7 @@ class Reporter:
         self._publisher.offer(self._message(event, persistent=False))
 
     def _dead_letter(self, delivery: Delivery, error: JobError, *, job_id: str | None) -> None:
-        headers = {
-            **_own_headers(delivery),
+        headers: dict[str, Any] = {
             "x-reeld-code": str(error.code),
             "x-reeld-message": error.message[:2000],
             "x-reeld-path": error.path or "",
@@ -144,17 +135,23 @@ class Reporter:
         }
         if job_id is not None:
             headers["x-reeld-job-id"] = job_id
+        self._publish_copy(
+            delivery, exchange=self._topology.dead_exchange, routing_key=self._topology.pool, headers=headers
+        )
+
+    def _publish_copy(self, delivery: Delivery, *, exchange: str, routing_key: str, headers: dict[str, Any]) -> None:
+        """Publishes the delivery's message again, mandatory and confirmed, with our headers over its own."""
         self._publisher.publish(
             Message(
-                exchange=self._topology.dead_exchange,
-                routing_key=self._topology.pool,
+                exchange=exchange,
+                routing_key=routing_key,
                 body=delivery.body,
                 mandatory=True,
                 content_type=delivery.content_type or "application/json",
                 message_id=delivery.message_id,
                 correlation_id=delivery.correlation_id,
                 reply_to=delivery.reply_to,
-                headers=headers,
+                headers={**_own_headers(delivery), **headers},
             ),
             timeout_seconds=_PUBLISH_SECONDS,
         )
