@@ -1,0 +1,166 @@
+"""From frames to a durable result: video file -> manifest -> confirmed terminal event -> ack, in this order.
+
+Owns the commit and the thread it runs on, so that the next job's denoising overlaps it, and what a manifest answers.
+Leaves out generating the frames (`daemon.coordinator`) and the files themselves (`daemon.storage`).
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from daemon.config import Config
+from daemon.consumer import Delivery
+from daemon.errors import ErrorCode, PermanentJobError
+from daemon.events import now
+from daemon.job import Job
+from daemon.planning import Draft
+from daemon.reporter import Reporter
+from daemon.settlement import Settlement
+from daemon.storage import Storage
+from daemon.video import CODEC, encode_video
+from parallel.engine import quantise
+from parallel.plan import GenerationPlan
+
+log = structlog.get_logger("job")
+
+# What of the plan the result repeats: every parameter as it was used.
+_ASKED = (
+    "model",
+    "task",
+    "seed",
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "cfg_scale",
+    "sigma_shift",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """A job whose frames are there. `frames` is (num_frames, height, width, 3), floats in [-1, 1]."""
+
+    job: Job
+    delivery: Delivery
+    draft: Draft
+    plan: GenerationPlan
+    frames: Any
+    timings: dict[str, float]
+
+
+class Finisher:
+    """Finishes one job at a time, off the main thread, and acks each by its own commit."""
+
+    def __init__(self, config: Config, settlement: Settlement, reporter: Reporter, storage: Storage) -> None:
+        self._config = config
+        self._settlement = settlement
+        self._reporter = reporter
+        self._storage = storage
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
+        self._running: dict[str, Future[None]] = {}
+
+    def submit(self, generated: Generated) -> None:
+        """Finishes the job later, and acks or requeues its delivery."""
+        future = self._thread.submit(self._finish, generated)
+        self._running = {key: value for key, value in self._running.items() if not value.done()}
+        self._running[generated.job.job_id] = future
+
+    def wait_for(self, job_id: str) -> None:
+        """Waits until an earlier delivery of the same job is finished: its manifest answers this one."""
+        earlier = self._running.pop(job_id, None)
+        if earlier is not None:
+            earlier.result()
+
+    def close(self) -> None:
+        """Waits until all is finished."""
+        self._thread.shutdown(wait=True)
+
+    def answer_from_manifest(self, job: Job, delivery: Delivery) -> bool:
+        """Whether the job was done before: then its terminal event was published again.
+
+        Raises PermanentJobError when another request was done under this id.
+        """
+        manifest = self._storage.read_manifest(job.job_id)
+        if manifest is None:
+            return False
+        _check_same_request(manifest, job)
+        log.info("job_already_done", redelivered=delivery.redelivered)
+        return self._settlement.publish(
+            delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
+        )
+
+    def _finish(self, generated: Generated) -> None:
+        job, delivery = generated.job, generated.delivery
+        with bound_contextvars(job_id=job.job_id, attempt=job.attempt):
+            try:
+                self._settlement.settle(job, delivery, lambda: self._commit(generated))
+            except Exception:
+                # The delivery stays unacked, so the broker redelivers it when this connection ends.
+                log.exception("finishing_failed")
+                self._settlement.requeue(delivery)
+
+    def _commit(self, generated: Generated) -> bool:
+        job, delivery = generated.job, generated.delivery
+        write = self._settlement.in_place(job, self._config.limits.io_attempts)
+        manifest = write(self._write, generated, time.monotonic())
+        _check_same_request(manifest, job)
+        confirmed = self._settlement.publish(
+            delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
+        )
+        if confirmed:
+            log.info("job_succeeded", video=manifest["result"]["video"]["path"], **manifest["result"]["timings"])
+        return confirmed
+
+    def _write(self, generated: Generated, begun: float) -> dict[str, Any]:
+        """Writes video and manifest. Returns the manifest that counts: an earlier one, if there is one."""
+        job, plan = generated.job, generated.plan
+        with self._storage.temporary_video(job.job_id) as temporary:
+            count = encode_video(
+                (quantise(frame) for frame in generated.frames),
+                temporary,
+                width=plan.width,
+                height=plan.height,
+                fps=generated.draft.fps,
+                crf=self._config.output.crf,
+            )
+            stored = self._storage.keep_video(job.job_id, temporary)
+        video = {
+            "path": str(stored.path),
+            "uri": stored.path.as_uri(),
+            "sha256": stored.sha256,
+            "bytes": stored.bytes,
+            "width": plan.width,
+            "height": plan.height,
+            "num_frames": count,
+            "fps": generated.draft.fps,
+            "codec": CODEC,
+        }
+        manifest = {
+            "schema": "reeld.manifest/1",
+            "job_id": job.job_id,
+            "request_digest": job.request_digest,
+            "finished_at": now(),
+            "worker_id": self._config.worker_id,
+            "result": {
+                "video": video,
+                "plan": {name: getattr(plan, name) for name in _ASKED},
+                "timings": {**generated.timings, "finish_seconds": round(time.monotonic() - begun, 3)},
+                "manifest": str(self._storage.manifest_path(job.job_id)),
+            },
+        }
+        counted = self._storage.create_manifest(job.job_id, manifest)
+        if counted["result"]["video"]["sha256"] != stored.sha256:
+            stored.path.unlink(missing_ok=True)  # another daemon was first, with other frames
+        return counted
+
+
+def _check_same_request(manifest: dict[str, Any], job: Job) -> None:
+    if manifest["request_digest"] != job.request_digest:
+        raise PermanentJobError(
+            ErrorCode.JOB_ID_CONFLICT, "another request was already made under this job_id", path="job_id"
+        )
