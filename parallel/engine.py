@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from parallel.inputs import pipeline_arguments
 from parallel.model import LoadedModel
 from parallel.plan import GenerationPlan, Outcome
 from parallel.world import World
@@ -66,27 +66,9 @@ def generate_frames(
             yield timestep
         progress("decode", steps, steps)
 
-    image = None
-    if plan.input_image is not None:
-        with Image.open(plan.input_image) as opened:
-            image = opened.convert("RGB")
+    arguments = pipeline_arguments(plan)
     with torch.inference_mode():
-        video = pipeline(
-            prompt=plan.prompt,
-            negative_prompt=plan.negative_prompt,
-            input_image=image,
-            seed=plan.seed,
-            rand_device="cpu",
-            height=plan.height,
-            width=plan.width,
-            num_frames=plan.num_frames,
-            num_inference_steps=plan.num_inference_steps,
-            cfg_scale=plan.cfg_scale,
-            sigma_shift=plan.sigma_shift,
-            switch_DiT_boundary=plan.switch_boundary,
-            progress_bar_cmd=denoising,
-            output_type="floatpoint",
-        )
+        video = pipeline(progress_bar_cmd=denoising, output_type="floatpoint", **arguments)
     if video is None:
         return None
     frames: torch.Tensor = video[0].permute(1, 2, 3, 0).float().cpu()

@@ -44,6 +44,9 @@ def load_model(files: ModelFiles, *, world: World, dtype: str) -> LoadedModel:
             for paths in files.paths.values()
         ],
         tokenizer_config=ModelConfig(path=str(files.tokenizer)),
+        audio_processor_config=(
+            None if files.audio_processor is None else ModelConfig(path=str(files.audio_processor))
+        ),
         redirect_common_files=False,
         use_usp=False,  # its initialisation would join the groups again and bind the device last
     )

@@ -35,6 +35,22 @@ class GenerationPlan:
     switch_boundary: float
     input_image: str | None
     time_limit_seconds: float
+    # What belongs to some tasks only (parallel.tasks). Inputs are paths of staged files, which rank 0 alone reads;
+    # None leaves DiffSynth's own default.
+    end_image: str | None = None
+    input_video: str | None = None
+    control_video: str | None = None
+    reference_image: str | None = None
+    vace_video: str | None = None
+    vace_video_mask: str | None = None
+    vace_reference_image: str | None = None
+    input_audio: str | None = None
+    s2v_pose_video: str | None = None
+    denoising_strength: float | None = None
+    vace_scale: float | None = None
+    camera_control_direction: str | None = None
+    camera_control_speed: float | None = None
+    motion_bucket_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

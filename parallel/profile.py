@@ -15,9 +15,13 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from parallel.layouts import Layout, LayoutError, hash_layout, read_layout
+from parallel.tasks import TASKS
 
-TASKS = ("text_to_video", "image_to_video")
-ROLES = ("dit", "dit_high_noise", "dit_low_noise", "text_encoder", "vae", "image_encoder")
+# Needed at every denoising step, so on every rank. VACE has no role of its own: it is in its DiT's checkpoint.
+LOOP_ROLES = ("dit", "dit_high_noise", "dit_low_noise", "motion_controller")
+# Needed before and after the denoising loop: rank 0 alone must have these.
+END_ROLES = ("text_encoder", "vae", "image_encoder", "audio_encoder")
+ROLES = LOOP_ROLES + END_ROLES
 DIT_ROLES = (("dit",), ("dit_high_noise", "dit_low_noise"))
 
 
@@ -58,6 +62,8 @@ class ModelProfile:
 
     `parts` are in the order in which they are loaded: DiffSynth takes the first DiT for the high noise
     levels. `switch_boundary` is the fraction of the noise schedule below which the second expert takes over.
+    `optional_inputs` are those of its tasks' optional inputs that this model takes. `audio_processor` is the
+    folder of the audio encoder's processor, where there is such an encoder.
     """
 
     name: str
@@ -70,6 +76,8 @@ class ModelProfile:
     width_multiple: int
     defaults: GenerationDefaults
     switch_boundary: float | None = None
+    optional_inputs: tuple[str, ...] = ()
+    audio_processor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ class ModelFiles:
     folder: Path
     paths: dict[str, tuple[Path, ...]]
     tokenizer: Path
+    audio_processor: Path | None = None
 
 
 def builtin_profile_names() -> list[str]:
@@ -117,6 +126,7 @@ def check_model_folder(profile: ModelProfile, folder: Path) -> ModelFiles:
     folder = folder.absolute()
     paths = {part.role: tuple(folder / name for name in part.files) for part in profile.parts}
     tokenizer = folder / profile.tokenizer
+    processor = None if profile.audio_processor is None else folder / profile.audio_processor
     try:
         if not folder.is_dir():
             raise ModelFolderError(f"{folder}: no such folder; it should hold the files of the profile {profile.name}")
@@ -124,14 +134,16 @@ def check_model_folder(profile: ModelProfile, folder: Path) -> ModelFiles:
             _check_present(part, paths[part.role])
         for part in profile.parts:
             _check_layout(profile, part, paths[part.role])
-        _check_tokenizer(profile, tokenizer)
+        _check_json_folder("tokenizer", tokenizer, ("tokenizer_config.json", "tokenizer.json"))
+        if processor is not None:
+            _check_json_folder("audio processor", processor, ("preprocessor_config.json", "vocab.json"))
     except OSError as error:
         raise ModelFolderError(
             f"{error.filename}: cannot be read ({error.strerror}); give reeld's user the right to read it"
         ) from error
     except LayoutError as error:
         raise ModelFolderError(str(error)) from error
-    return ModelFiles(profile=profile, folder=folder, paths=paths, tokenizer=tokenizer)
+    return ModelFiles(profile=profile, folder=folder, paths=paths, tokenizer=tokenizer, audio_processor=processor)
 
 
 def _check_present(part: ModelPart, paths: tuple[Path, ...]) -> None:
@@ -177,11 +189,11 @@ def _builtin_hashes() -> Iterator[tuple[str, str]]:
             yield f"the {part.role} of {name}", part.model_hash
 
 
-def _check_tokenizer(profile: ModelProfile, folder: Path) -> None:
-    for name in ("tokenizer_config.json", "tokenizer.json"):
+def _check_json_folder(what: str, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         path = folder / name
         if not path.is_file():
-            raise ModelFolderError(f"{path}: missing; copy the tokenizer's folder {profile.tokenizer} there")
+            raise ModelFolderError(f"{path}: missing; copy the {what}'s folder {folder.name} there")
         try:
             json.loads(path.read_bytes())
         except ValueError as error:
@@ -246,6 +258,10 @@ def _profile(table: _Table) -> ModelProfile:
     for task in tasks:
         if task not in TASKS:
             raise table.fault("tasks", f"has {task!r}: give some of {', '.join(TASKS)}")
+    optional = table.texts("optional_inputs") if "optional_inputs" in table.values else ()
+    for name in optional:
+        if not any(name in TASKS[task].optional for task in tasks):
+            raise table.fault("optional_inputs", f"has {name!r}: no optional input of the profile's tasks")
     parts = tuple(_part(item) for item in table.tables("parts"))
     _check_roles(table, parts)
     two_experts = any(part.role == "dit_low_noise" for part in parts)
@@ -254,6 +270,9 @@ def _profile(table: _Table) -> ModelProfile:
     boundary = table.number("switch_boundary") if two_experts else None
     if boundary is not None and boundary >= 1:
         raise table.fault("switch_boundary", "must be below 1")
+    has_audio = any(part.role == "audio_encoder" for part in parts)
+    if ("audio_processor" in table.values) != has_audio:
+        raise table.fault("audio_processor", "must be given with an audio_encoder, and with it only")
     profile = ModelProfile(
         name=table.text("name"),
         title=table.text("title"),
@@ -265,6 +284,8 @@ def _profile(table: _Table) -> ModelProfile:
         width_multiple=table.whole("width_multiple"),
         defaults=_defaults(table.table("defaults")),
         switch_boundary=boundary,
+        optional_inputs=optional,
+        audio_processor=(_inside(table, "audio_processor", table.text("audio_processor")) if has_audio else None),
     )
     for side, multiple in (("height", profile.height_multiple), ("width", profile.width_multiple)):
         if getattr(profile.defaults, side) % multiple:

@@ -1,0 +1,71 @@
+"""From a plan to the arguments of DiffSynth's `WanVideoPipeline.__call__`: the staged files, opened.
+
+Owns reading what `daemon.staging` wrote, and giving every argument that the plan leaves out DiffSynth's own
+default. Leaves out what DiffSynth makes of them (`parallel.conditions`). Staged files are: an image as it came;
+a video as a .npy array of uint8, (frames, height, width, 3), already at the plan's size; audio as a .npy array
+of float32 samples, one channel.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from PIL import Image
+
+from parallel.plan import GenerationPlan
+from parallel.tasks import INPUT_KINDS
+
+AUDIO_SAMPLE_RATE = 16_000
+# What `__call__` has for its caller's sake, not for the generation.
+_CALLERS = ("self", "progress_bar_cmd", "output_type")
+_SAME_NAME = (
+    "prompt", "negative_prompt", "seed", "height", "width", "num_frames", "num_inference_steps", "cfg_scale",
+    "sigma_shift", "denoising_strength", "vace_scale", "camera_control_direction", "camera_control_speed",
+    "motion_bucket_id",
+)  # fmt: skip
+
+
+def pipeline_arguments(plan: GenerationPlan) -> dict[str, Any]:
+    """Every argument of `WanVideoPipeline.__call__` for `plan`. Rank 0 only: the peers have no staged files.
+
+    DiffSynth resizes most images itself, to the size of the video and without cropping. It takes VACE's
+    reference image as it is, so that one is resized here, as DiffSynth's examples do. Raises OSError when a
+    staged file is gone.
+    """
+    arguments = {
+        name: parameter.default
+        for name, parameter in inspect.signature(WanVideoPipeline.__call__).parameters.items()
+        if name not in _CALLERS
+    }
+    chosen = {name: getattr(plan, name) for name in _SAME_NAME}
+    arguments |= {name: value for name, value in chosen.items() if value is not None}
+    # On the CPU whatever the device, so that one seed gives one video on every machine.
+    arguments |= {"rand_device": "cpu", "switch_DiT_boundary": plan.switch_boundary}
+    for name, kind in INPUT_KINDS.items():
+        path = getattr(plan, name)
+        if path is None:
+            continue
+        match kind:
+            case "image":
+                arguments[name] = _open_image(path)
+            case "video":
+                arguments[name] = _open_video(path)
+            case "audio":
+                arguments[name] = np.load(path, allow_pickle=False)
+                arguments["audio_sample_rate"] = AUDIO_SAMPLE_RATE
+    if plan.vace_reference_image is not None:
+        image: Image.Image = arguments["vace_reference_image"]
+        arguments["vace_reference_image"] = image.resize((plan.width, plan.height))
+    return arguments
+
+
+def _open_image(path: str) -> Image.Image:
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
+
+
+def _open_video(path: str) -> list[Image.Image]:
+    frames = np.load(Path(path), mmap_mode="r", allow_pickle=False)
+    return [Image.fromarray(np.asarray(frame)) for frame in frames]
