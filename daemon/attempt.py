@@ -19,8 +19,9 @@ from daemon.errors import (
     TransientJobError,
 )
 from daemon.health import RankState
-from parallel.engine import Stop, generate_frames, outcome_of, release_memory
+from parallel.engine import generate_frames, release_memory
 from parallel.model import LoadedModel
+from parallel.outcome import Stop, outcome_of
 from parallel.plan import GenerationPlan, Outcome
 from parallel.world import OutcomesMissingError, World
 

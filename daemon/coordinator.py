@@ -26,7 +26,7 @@ from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
 from daemon.settlement import Settlement
 from daemon.storage import Storage
-from parallel.engine import Stop
+from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan
 
 log = structlog.get_logger("job")

@@ -28,8 +28,9 @@ from daemon.publisher import Publisher
 from daemon.reporter import Reporter
 from daemon.storage import Storage
 from daemon.topology import Topology, apply_topology, check_topology, topology_of
-from parallel.engine import Stop, memory_bytes
+from parallel.engine import memory_bytes
 from parallel.model import LoadedModel, load_model
+from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
 from parallel.profile import ModelFiles
 from parallel.world import HealthBoard, World, join, read_launch

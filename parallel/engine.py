@@ -1,13 +1,12 @@
 """Generating one plan on every rank.
 
 Owns the call of DiffSynth's pipeline: its arguments, the hook into its denoising loop (progress, stopping at the
-same step on every rank), and turning what went wrong into an outcome. Leaves out who decides to stop
+same step on every rank). Leaves out what a raised error means (`parallel.outcome`), who decides to stop
 (`daemon.coordinator`) and what becomes of the frames (`daemon.video`).
 """
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,9 @@ import torch
 
 from parallel.inputs import pipeline_arguments
 from parallel.model import LoadedModel
-from parallel.plan import GenerationPlan, Outcome
+from parallel.outcome import NonFiniteError, Stop, StoppedError
+from parallel.plan import GenerationPlan
 from parallel.world import World
-
-
-class Stop(IntEnum):
-    """Rank 0's decision before a step, applied by every rank."""
-
-    NO = 0
-    CANCELLED = 1
-    TIME_LIMIT_EXCEEDED = 2
-    HAND_BACK = 3
-
-
-class StoppedError(Exception):
-    """Raised on every rank, at the same step, when rank 0 decided to stop."""
-
-    def __init__(self, stop: Stop) -> None:
-        super().__init__(stop.name.lower())
-        self.stop = stop
-
-
-class NonFiniteError(Exception):
-    """Raised when the frames hold a NaN or an infinity."""
-
 
 # progress(phase, step, steps) on every rank; decide() on rank 0 alone.
 Progress = Callable[[str, int, int], None]
@@ -89,19 +67,6 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def outcome_of(error: BaseException | None, rank: int) -> Outcome:
-    """The outcome of a generation that raised `error`, or of one that went well."""
-    match error:
-        case None:
-            return Outcome(rank=rank)
-        case StoppedError(stop=stop):
-            return Outcome(rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}")
-        case torch.OutOfMemoryError() | MemoryError():
-            return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
-        case _:
-            return Outcome(rank=rank, code="internal", message=f"{type(error).__name__}: {_first_line(error)}")
-
-
 def memory_bytes(device: torch.device) -> dict[str, int]:
     """Memory this rank uses and holds on its device; on the CPU, the process's resident set."""
     if device.type == "cuda":
@@ -112,7 +77,3 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * 4096
     return {"memory_used_bytes": resident, "memory_reserved_bytes": resident}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:500]

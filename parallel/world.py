@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,12 @@ from parallel.plan import Command, Outcome, decode_command, encode_command
 IDLE_TIMEOUT = timedelta(days=365)
 JOIN_TIMEOUT = timedelta(minutes=10)
 TENSOR_TIMEOUT = timedelta(minutes=30)
+
+# Up to this size a tensor is broadcast together with others: 16 MiB take about as long to copy on a GPU as one more
+# NCCL call takes to start.
+COALESCED_BYTES = 16 * 1024 * 1024
+
+_COMMAND, _JSON = 0, 1
 
 
 class OutcomesMissingError(Exception):
@@ -75,17 +81,40 @@ class World:
         """
         data = encode_command(command) if command is not None else b""
         self._sequence += 1
+        kind, data = self._broadcast_message(_COMMAND, data)
+        while kind != _COMMAND:  # what rank 0 still said of a job that this rank had already given up
+            kind, data = self._broadcast_message(_COMMAND, b"")
+        return decode_command(data)
+
+    def broadcast_json(self, value: Any = None) -> Any:
+        """Called by every rank. Returns rank 0's value, over gloo: small JSON, an object or a list.
+
+        Raises RuntimeError when another rank is gone, or when rank 0 has gone on to another command.
+        """
+        kind, data = self._broadcast_message(_JSON, json.dumps(value).encode())
+        if kind != _JSON:
+            raise RuntimeError("rank 0 sent a command while this rank was still at the last one")
+        return json.loads(data)
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Called by every rank, with contiguous tensors on its device, of the same shapes and dtypes on all.
+
+        Afterwards they hold rank 0's bits on every rank. Small ones travel together, since each message has its
+        latency; large ones on their own, since together they would be copied first.
+        """
         if self.world_size == 1:
-            return decode_command(data)
-        size = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._control)
-        payload = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if self.rank == 0
-            else torch.empty(int(size.item()), dtype=torch.uint8)
-        )
-        dist.broadcast(payload, src=0, group=self._control)
-        return decode_command(payload.numpy().tobytes())
+            return
+        flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel() > 0]
+        small = [bytes_ for bytes_ in flat if bytes_.numel() <= COALESCED_BYTES]
+        if small:
+            together = torch.cat(small)
+            dist.broadcast(together, src=0)
+            if self.rank != 0:
+                for own, received in zip(small, together.split([bytes_.numel() for bytes_ in small]), strict=True):
+                    own.copy_(received)
+        for bytes_ in flat:
+            if bytes_.numel() > COALESCED_BYTES:
+                dist.broadcast(bytes_, src=0)
 
     def broadcast_flag(self, flag: int = 0) -> int:
         """Called by every rank, at the same step. Returns rank 0's flag; a few bytes over gloo."""
@@ -122,6 +151,20 @@ class World:
         """Called by every rank, after the last command."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _broadcast_message(self, kind: int, data: bytes) -> tuple[int, bytes]:
+        if self.world_size == 1:
+            return kind, data
+        header = torch.tensor([kind, len(data)], dtype=torch.int64)
+        dist.broadcast(header, src=0, group=self._control)
+        sent_kind, size = header.tolist()
+        payload = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if self.rank == 0
+            else torch.empty(size, dtype=torch.uint8)
+        )
+        dist.broadcast(payload, src=0, group=self._control)
+        return sent_kind, payload.numpy().tobytes()
 
     def _outcome_key(self, rank: int) -> str:
         return f"{self._sequence}/{rank}"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from parallel.engine import Stop, generate_frames
+from parallel.engine import generate_frames
 from parallel.model import LoadedModel, load_model
+from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan, Shutdown
 from parallel.profile import check_model_folder, load_profile
 from parallel.world import join, read_launch
