@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test fuzz check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: ## install, then two videos and a dead letter on a private broker (REELD_A
 
 test: install ## install, then every test, with a real broker and real ranks (ARGS: pytest's arguments)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py
 
 check: install ## what a reviewer should not have to say: lint, format, types, who imports whom
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ from pika.adapters.blocking_connection import BlockingConnection
 
 from daemon.config import BrokerConfig
 from daemon.errors import BrokerUnavailableError, ConfigError, CredentialsError
+from daemon.tables import install as read_tables_safely
+
+read_tables_safely()
 
 # What pika, TLS and the socket raise for a connection that is lost or cannot be had right now.
 LOST = (pika.exceptions.AMQPError, OSError)

@@ -24,6 +24,7 @@ from daemon.topology import Topology
 log = structlog.get_logger("consumer")
 
 _TICK_SECONDS = 1.0
+_LATIN_CHARACTERS = 127  # of two bytes each in UTF-8; a short string holds 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +199,11 @@ class Consumer:
                 delivery_tag=method.delivery_tag,
                 generation=self._generation,
                 redelivered=method.redelivered,
-                message_id=properties.message_id,
-                correlation_id=properties.correlation_id,
-                reply_to=properties.reply_to,
-                expiration=properties.expiration,
-                content_type=properties.content_type,
+                message_id=_text(properties.message_id),
+                correlation_id=_text(properties.correlation_id),
+                reply_to=_text(properties.reply_to),
+                expiration=_text(properties.expiration),
+                content_type=_text(properties.content_type),
                 priority=properties.priority,
                 headers=dict(properties.headers or {}),
             )
@@ -221,3 +222,8 @@ class Consumer:
     def _on_retry(self, reason: str, delay_seconds: float) -> None:
         self.status = f"waiting for the broker: {reason}"
         log.warning("broker_unavailable", reason=reason, retry_in_seconds=round(delay_seconds, 2))
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """A short string. pika gives bytes for what is no UTF-8: shown as Latin-1, and short enough to be sent again."""
+    return value.decode("latin-1")[:_LATIN_CHARACTERS] if isinstance(value, bytes) else value

@@ -21,7 +21,7 @@ log = structlog.get_logger("job")
 ATTEMPT_HEADER = "x-reeld-attempt"
 _PROGRESS_INTERVAL_SECONDS = 1.0
 _PUBLISH_SECONDS = 60.0
-_HEADER_CHARACTERS = 32_768
+_HEADER_BYTES = 32_768
 
 
 class Reporter:
@@ -180,14 +180,15 @@ def _failure(error: JobError) -> dict[str, Any]:
 
 def _own_headers(delivery: Delivery) -> dict[str, Any]:
     """The publisher's headers for a copy of its message."""
-    # A copy that carries x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's.
+    # A copy that carries x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's; with
+    # CC or BCC the broker would send the copy to other queues as well (sender-selected distribution).
     kept = {
         key: value
         for key, value in delivery.headers.items()
-        if key not in ("x-death", "x-delivery-count", "x-acquired-count")
+        if key not in ("x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC")
         and not key.startswith(("x-first-death", "x-last-death", "x-reeld-"))
     }
-    if len(repr(kept)) > _HEADER_CHARACTERS:
+    if len(repr(kept).encode("utf-8", "replace")) > _HEADER_BYTES:
         # Properties must fit into one frame together with ours: a copy that cannot be published is requeued for ever.
         return {"x-reeld-headers-dropped": True}
     return kept
