@@ -98,7 +98,12 @@ class InputsConfig(Section):
     allow_private_addresses: bool = False
     max_bytes: int = Field(32 * 1024 * 1024, ge=1)
     max_pixels: int = Field(50_000_000, ge=1)
-    timeout_seconds: float = Field(60, gt=0)
+    max_video_bytes: int = Field(256 * 1024 * 1024, ge=1)
+    max_video_pixels: int = Field(4096 * 2304, ge=1, description="pixels of one frame of a video")
+    max_audio_bytes: int = Field(64 * 1024 * 1024, ge=1)
+    max_audio_seconds: float = Field(60, gt=0)
+    timeout_seconds: float = Field(60, gt=0, description="for fetching one input")
+    decode_seconds: float = Field(120, gt=0, description="for decoding one video or sound")
 
 
 class OutputConfig(Section):

@@ -8,7 +8,6 @@ which are passed in.
 import shutil
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from daemon.config import Config
 from daemon.consumer import Consumer, Delivery
 from daemon.errors import ErrorCode, JobCancelled, PermanentJobError, TransientJobError
 from daemon.finisher import Finisher, Generated
-from daemon.inputs import stage_image
 from daemon.job import Job, make_job, parse_job_message
 from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
 from daemon.settlement import Settlement
+from daemon.staging import stage_inputs
 from daemon.storage import Storage
 from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan
@@ -121,9 +120,9 @@ class Coordinator:
         size = self._context.world.world_size
         self._reporter.job("accepted", job, {"ulysses_degree": size, "world_size": size})
         draft = draft_plan(job, self._profiles, self._config.limits, world_size=size)
-        plan = self._stage(job, draft)
-        staged = time.monotonic()
         try:
+            plan = self._stage(job, draft)
+            staged = time.monotonic()
             frames = self._generate(job, plan)
         finally:
             shutil.rmtree(self._staging_folder(job), ignore_errors=True)
@@ -141,20 +140,18 @@ class Coordinator:
         return self._config.work_directory / self._config.worker_id / job.job_id
 
     def _stage(self, job: Job, draft: Draft) -> GenerationPlan:
-        if draft.image_uri is None:
+        if not draft.input_uris:
             return draft.plan
         self._context.state.set("staging", job_id=job.job_id, phase="stage")
-        target = self._staging_folder(job) / "input_image"
-        uri = draft.image_uri
 
-        def fetch() -> None:
+        def stage() -> GenerationPlan:
             try:
-                stage_image(uri, target, self._config.inputs, path="inputs.input_image")
+                return stage_inputs(draft, self._staging_folder(job), self._config.inputs)
             except OSError as error:
                 raise TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"work directory: {error}") from error
 
-        self._settlement.in_place(job, self._config.limits.io_attempts)(fetch)
-        return replace(draft.plan, input_image=str(target))
+        plan: GenerationPlan = self._settlement.in_place(job, self._config.limits.io_attempts)(stage)
+        return plan
 
     def _wait(self, seconds: float) -> None:
         self._hand_back.wait(seconds)  # a second SIGTERM ends a backoff as well

@@ -38,13 +38,14 @@ def stage_image(uri: str, target: Path, config: InputsConfig, *, path: str) -> N
     Raises PermanentJobError(input_rejected) for what is not allowed or no image, TransientJobError
     (input_unavailable) for what may come back.
     """
-    data = _fetch(uri, config, path)
+    data = fetch_input(uri, config, path)
     _check_image(data, config, path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)
 
 
-def _fetch(uri: str, config: InputsConfig, path: str) -> bytes:
+def fetch_input(uri: str, config: InputsConfig, path: str) -> bytes:
+    """The bytes behind a URI, at most `config.max_bytes`. Raises as `stage_image` does, but for what they are."""
     scheme = uri.partition(":")[0].lower()
     if scheme not in config.schemes:
         raise _rejected(f"scheme {scheme[:20]!r} is not allowed (inputs.schemes: {', '.join(config.schemes)})", path)

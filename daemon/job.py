@@ -19,6 +19,18 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _MAX_DEPTH = 64
 _MAX_PATH_CHARACTERS = 200
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
+Uri = Annotated[str, Field(min_length=1)] | None
+CameraDirection = Literal["Left", "Right", "Up", "Down", "LeftUp", "LeftDown", "RightUp", "RightDown"]
+TaskName = Literal[
+    "text_to_video",
+    "image_to_video",
+    "first_last_frame_to_video",
+    "video_to_video",
+    "vace",
+    "control_to_video",
+    "camera_to_video",
+    "speech_to_video",
+]
 
 
 class _Message(BaseModel):
@@ -35,10 +47,35 @@ class Parameters(_Message):
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     cfg_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
     sigma_shift: float | None = Field(None, gt=0, le=50, allow_inf_nan=False)
+    switch_DiT_boundary: float | None = Field(  # noqa: N815 - DiffSynth's spelling
+        None, gt=0, lt=1, description="fraction of the noise below which the second of two experts takes over"
+    )
+    denoising_strength: float | None = Field(
+        None, gt=0, le=1, description="video_to_video: how much of the input is replaced; 1 is all of it"
+    )
+    vace_scale: float | None = Field(None, ge=0, le=10, allow_inf_nan=False, description="vace: its weight")
+    camera_control_direction: CameraDirection | None = Field(None, description="camera_to_video: where it moves")
+    camera_control_speed: float | None = Field(
+        None, gt=0, le=1, description="camera_to_video: way of the camera a frame; DiffSynth's default is 1/54"
+    )
+    motion_bucket_id: int | None = Field(
+        None, ge=0, le=100, description="text_to_video with a motion controller: 0 is slow, 100 is fast"
+    )
 
 
 class Inputs(_Message):
-    input_image: str | None = Field(None, min_length=1, description="URI of the first frame (image_to_video)")
+    """URIs of what the task needs; a video gives its first num_frames frames, one by one."""
+
+    input_image: Uri = Field(None, description="the first frame; for speech_to_video who speaks")
+    end_image: Uri = Field(None, description="the last frame (first_last_frame_to_video)")
+    input_video: Uri = Field(None, description="the video to change (video_to_video)")
+    control_video: Uri = Field(None, description="poses, depths or edges to follow (control_to_video)")
+    reference_image: Uri = Field(None, description="whom or what to show (control_to_video, some models)")
+    vace_video: Uri = Field(None, description="the video to follow or to edit (vace)")
+    vace_video_mask: Uri = Field(None, description="white is made anew, black is kept (vace)")
+    vace_reference_image: Uri = Field(None, description="whom or what to show (vace)")
+    input_audio: Uri = Field(None, description="what is said (speech_to_video)")
+    s2v_pose_video: Uri = Field(None, description="how the speaker moves (speech_to_video); may be shorter")
 
 
 class Output(_Message):
@@ -50,7 +87,7 @@ class JobMessage(_Message):
 
     schema_: Literal["reeld.job/1"] = Field(alias="schema")
     job_id: JobId | None = Field(None, description="may come from the AMQP message_id instead")
-    task: Literal["text_to_video", "image_to_video"]
+    task: TaskName
     prompt: str
     negative_prompt: str | None = None
     parameters: Parameters = Parameters()
@@ -110,7 +147,8 @@ def parse_job_message(body: bytes, *, max_body_bytes: int) -> JobMessage:
 
 def request_digest(message: JobMessage) -> str:
     """SHA-256 of what was asked for: two messages with one digest ask for the same video."""
-    asked = message.model_dump(mode="json", by_alias=True, exclude={"job_id", "metadata"})
+    # Without what is absent: a field that a later version adds must not change what an old message asked for.
+    asked = message.model_dump(mode="json", by_alias=True, exclude={"job_id", "metadata"}, exclude_none=True)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,32 +1,40 @@
 """From a valid job to a plan: defaults, rounding, limits, and everything random resolved.
 
-Leaves out fetching the inputs (`daemon.inputs`).
+Owns which model does a job, and the refusal of inputs and parameters that its task or its model does not take.
+Leaves out fetching the inputs (`daemon.staging`).
 """
 
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from daemon.config import LimitsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.job import Job
 from parallel.plan import GenerationPlan, check_sequence
 from parallel.profile import ModelProfile
+from parallel.tasks import TASK_PARAMETERS, TASKS
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan without its staged input, and what rank 0 alone needs to know."""
+    """A plan without its staged inputs, and what rank 0 alone needs to know: `input_uris` by input."""
 
     plan: GenerationPlan
     fps: int
-    image_uri: str | None
+    input_uris: dict[str, str]
 
 
 def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig, *, world_size: int) -> Draft:
     """Resolves all of a job. Raises PermanentJobError, with the field's path, for what cannot be done."""
     message, asked = job.message, job.message.parameters
-    profile = _profile_for(message.task, profiles)
+    uris: dict[str, str] = message.inputs.model_dump(exclude_none=True)
+    chosen: dict[str, Any] = message.parameters.model_dump(include=set(TASK_PARAMETERS), exclude_none=True)
+    _check_task(message.task, uris, chosen)
+    profile = _profile_for(message.task, uris, chosen, profiles)
+    if asked.switch_DiT_boundary is not None and profile.switch_boundary is None:
+        raise _malformed(f"{profile.name} has no second expert to switch to", "parameters.switch_DiT_boundary")
     defaults = profile.defaults
     height = _round_up(asked.height or defaults.height, profile.height_multiple)
     width = _round_up(asked.width or defaults.width, profile.width_multiple)
@@ -37,7 +45,6 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
     _at_most(steps, limits.max_num_inference_steps, "parameters.num_inference_steps", "steps")
     _at_most(len(message.prompt), limits.max_prompt_characters, "prompt", "characters")
     _at_most(len(message.negative_prompt or ""), limits.max_prompt_characters, "negative_prompt", "characters")
-    _check_image(message.task, message.inputs.input_image)
     tokens = ((num_frames - 1) // 4 + 1) * (height // profile.height_multiple) * (width // profile.width_multiple)
     try:
         check_sequence(num_tokens=tokens, world_size=world_size)
@@ -58,36 +65,77 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
         num_inference_steps=steps,
         cfg_scale=defaults.cfg_scale if asked.cfg_scale is None else asked.cfg_scale,
         sigma_shift=asked.sigma_shift or defaults.sigma_shift,
-        switch_boundary=0.875 if profile.switch_boundary is None else profile.switch_boundary,
+        switch_boundary=asked.switch_DiT_boundary or profile.switch_boundary or 0.875,
         input_image=None,
         time_limit_seconds=min(message.time_limit_seconds or limits.time_limit_seconds, limits.time_limit_seconds),
+        **chosen,
     )
-    return Draft(plan=plan, fps=message.output.fps or defaults.fps, image_uri=message.inputs.input_image)
+    return Draft(plan=plan, fps=message.output.fps or defaults.fps, input_uris=uris)
 
 
-def _profile_for(task: str, profiles: Mapping[str, ModelProfile]) -> ModelProfile:
-    for profile in profiles.values():
-        if task in profile.tasks:
+def _check_task(task: str, uris: Mapping[str, str], parameters: Mapping[str, Any]) -> None:
+    """Refuses, by its path, what the task lacks and what it does not take."""
+    wants = TASKS[task]
+    for name in wants.required:
+        if name not in uris:
+            raise _malformed(
+                f"{task} needs an {name}" if name[0] in "aeiou" else f"{task} needs a {name}", f"inputs.{name}"
+            )
+    if wants.one_of and not any(name in uris for name in wants.one_of):
+        raise _malformed(f"{task} needs one of {', '.join(wants.one_of)}", "inputs")
+    for name in uris:
+        if name not in wants.inputs:
+            raise _malformed(f"{task} takes no {name}", f"inputs.{name}")
+    for name in wants.required_parameters:
+        if name not in parameters:
+            raise _malformed(f"{task} needs {name}", f"parameters.{name}")
+    for name in parameters:
+        if name not in wants.parameters:
+            raise _malformed(f"{task} takes no {name}", f"parameters.{name}")
+
+
+def _profile_for(
+    task: str, uris: Mapping[str, str], parameters: Mapping[str, Any], profiles: Mapping[str, ModelProfile]
+) -> ModelProfile:
+    """The pool's first model that does the task with these inputs and parameters."""
+    able = [profile for profile in profiles.values() if task in profile.tasks]
+    if not able:
+        offered = sorted({task for profile in profiles.values() for task in profile.tasks})
+        raise PermanentJobError(
+            ErrorCode.UNSUPPORTED_TASK,
+            f"{task} is not among this pool's tasks: {', '.join(offered)}",
+            path="task",
+        )
+    refused = [_refused_by(profile, task, uris, parameters) for profile in able]
+    for profile, path in zip(able, refused, strict=True):
+        if path is None:
             return profile
-    offered = sorted({task for profile in profiles.values() for task in profile.tasks})
+    path = refused[0] or ""
     raise PermanentJobError(
         ErrorCode.UNSUPPORTED_TASK,
-        f"{task} is not among this pool's tasks: {', '.join(offered)}",
-        path="task",
+        f"{', '.join(profile.name for profile in able)}: no model of this pool takes {path.partition('.')[2]}",
+        path=path,
     )
 
 
-def _check_image(task: str, uri: str | None) -> None:
-    path = "inputs.input_image"
-    if task == "image_to_video" and uri is None:
-        raise PermanentJobError(ErrorCode.MALFORMED_JOB, "image_to_video needs an input_image", path=path)
-    if task == "text_to_video" and uri is not None:
-        raise PermanentJobError(ErrorCode.MALFORMED_JOB, "text_to_video takes no input_image", path=path)
+def _refused_by(profile: ModelProfile, task: str, uris: Mapping[str, str], parameters: Mapping[str, Any]) -> str | None:
+    """The path of what the model does not take although its task may have it; None when it takes all."""
+    for name in TASKS[task].optional:
+        if name in uris and name not in profile.optional_inputs:
+            return f"inputs.{name}"
+    has_controller = any(part.role == "motion_controller" for part in profile.parts)
+    if "motion_bucket_id" in parameters and not has_controller:
+        return "parameters.motion_bucket_id"
+    return None
 
 
 def _at_most(value: int, limit: int, path: str, unit: str) -> None:
     if value > limit:
-        raise PermanentJobError(ErrorCode.MALFORMED_JOB, f"{value} {unit}; this worker allows {limit}", path=path)
+        raise _malformed(f"{value} {unit}; this worker allows {limit}", path)
+
+
+def _malformed(message: str, path: str) -> PermanentJobError:
+    return PermanentJobError(ErrorCode.MALFORMED_JOB, message, path=path)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -48,7 +48,7 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "text_to_video": Task(),
+    "text_to_video": Task(parameters=("motion_bucket_id",)),
     "image_to_video": Task(required=("input_image",)),
     "first_last_frame_to_video": Task(required=("input_image", "end_image")),
     "video_to_video": Task(required=("input_video",), parameters=("denoising_strength",)),

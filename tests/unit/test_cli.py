@@ -25,6 +25,7 @@ from ops.failure import JobFailedError, UsageError, report
 from ops.progress import describe, result_lines
 from ops.submission import build_document, image_uri, new_job_id
 from ops.watch import line, routing_keys
+from parallel.tasks import TASKS
 
 DEAD_BROKER = "amqp://user:secret@127.0.0.1:1/%2F"
 
@@ -163,7 +164,7 @@ def test_wrong_usage_of_submit_is_one_line_and_status_2(arguments: list[str], sa
 def test_schema_job_is_the_schema_the_daemon_validates_with() -> None:
     schema = json.loads(reeld("schema", "job").stdout)
     assert schema["$schema"].endswith("2020-12/schema")
-    assert schema["properties"]["task"]["enum"] == ["text_to_video", "image_to_video"]
+    assert schema["properties"]["task"]["enum"] == list(TASKS)
 
 
 def test_asyncapi_has_no_dangling_reference() -> None:

@@ -40,7 +40,7 @@ def refusal(raw: bytes, limit: int = LIMIT) -> PermanentJobError:
 def test_a_full_job_is_read_as_it_was_written() -> None:
     """Every field of the schema arrives in the model, integers for floats included."""
     message = parse(json.dumps(FULL).encode())
-    assert message.model_dump(mode="json", by_alias=True) == FULL
+    assert message.model_dump(mode="json", by_alias=True, exclude_none=True) == FULL
     assert isinstance(message.parameters.cfg_scale, float)
 
 
@@ -58,7 +58,7 @@ def test_a_job_needs_only_schema_task_and_prompt() -> None:
         ({"prompt": None}, "prompt"),
         ({"schema": "reeld.job/2"}, "schema"),
         ({"schema": None}, "schema"),
-        ({"task": "video_to_video"}, "task"),
+        ({"task": "audio_to_video"}, "task"),
         ({"surprise": 1}, "surprise"),
         ({"job_id": "../etc"}, "job_id"),
         ({"job_id": "with\nnewline"}, "job_id"),
@@ -75,7 +75,10 @@ def test_a_job_needs_only_schema_task_and_prompt() -> None:
         ({"parameters": {"sigma_shift": 0}}, "parameters.sigma_shift"),
         ({"parameters": []}, "parameters"),
         ({"inputs": {"input_image": ""}}, "inputs.input_image"),
-        ({"inputs": {"input_video": "x"}}, "inputs.input_video"),
+        ({"inputs": {"input_sound": "x"}}, "inputs.input_sound"),
+        ({"parameters": {"denoising_strength": 1.5}}, "parameters.denoising_strength"),
+        ({"parameters": {"switch_DiT_boundary": 1}}, "parameters.switch_DiT_boundary"),
+        ({"parameters": {"camera_control_direction": "Sideways"}}, "parameters.camera_control_direction"),
         ({"output": {"fps": 0}}, "output.fps"),
         ({"time_limit_seconds": 0}, "time_limit_seconds"),
         ({"loras": [{"path": "x"}]}, "loras"),

@@ -1,15 +1,17 @@
 """From a job to a plan: nothing is left open, and what cannot be done is refused by its path."""
 
 import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 
 from daemon.config import LimitsConfig
 from daemon.errors import ErrorCode, PermanentJobError
-from daemon.job import Job, make_job, parse_job_message
+from daemon.job import Inputs, Job, Parameters, TaskName, make_job, parse_job_message
 from daemon.planning import Draft, draft_plan
-from parallel.profile import load_profile
+from parallel.profile import ModelProfile, load_profile
+from parallel.tasks import INPUT_KINDS, TASK_PARAMETERS, TASKS
 
 T2V, I2V = load_profile("tiny-t2v"), load_profile("tiny-i2v")
 LIMITS = LimitsConfig()
@@ -100,7 +102,93 @@ def test_the_task_picks_the_model() -> None:
     made = draft(**IMAGE)
     assert made.plan.model == "tiny-i2v"
     assert made.plan.input_image is None
-    assert made.image_uri == IMAGE["inputs"]["input_image"]
+    assert made.input_uris == IMAGE["inputs"]
+
+
+def profiles(**changed: Any) -> dict[str, ModelProfile]:
+    """One model that does everything, and what it takes beyond that."""
+    return {"all": replace(T2V, name="all", tasks=tuple(TASKS), **changed)}
+
+
+def inputs(*names: str) -> dict[str, str]:
+    return {name: f"https://example.org/{name}" for name in names}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_each_task_takes_what_it_needs_and_nothing_else(task: str) -> None:
+    """With its inputs a job is planned; with one fewer, or any other, it is refused by that input's path."""
+    wants = TASKS[task]
+    names = wants.required + wants.one_of[:1]
+    parameters = {"camera_control_direction": "Left"} if task == "camera_to_video" else {}
+    asked = {"task": task, "parameters": parameters}
+    made = draft_plan(job(**asked, inputs=inputs(*names)), profiles(), LIMITS, world_size=1)
+    assert made.input_uris == inputs(*names)
+    assert made.plan.camera_control_direction == parameters.get("camera_control_direction")
+    for missing in wants.required:
+        with pytest.raises(PermanentJobError) as caught:
+            draft_plan(job(**asked, inputs=inputs(*(set(names) - {missing}))), profiles(), LIMITS, world_size=1)
+        assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, f"inputs.{missing}")
+    for other in set(INPUT_KINDS) - set(wants.inputs):
+        with pytest.raises(PermanentJobError) as caught:
+            draft_plan(job(**asked, inputs=inputs(*names, other)), profiles(), LIMITS, world_size=1)
+        assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, f"inputs.{other}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"task": "vace"}, "inputs"),
+        ({"parameters": {"denoising_strength": 0.5}}, "parameters.denoising_strength"),
+        ({"parameters": {"vace_scale": 0.5}}, "parameters.vace_scale"),
+        ({"parameters": {"switch_DiT_boundary": 0.5}}, "parameters.switch_DiT_boundary"),
+        ({"task": "camera_to_video", "inputs": inputs("input_image")}, "parameters.camera_control_direction"),
+        ({"task": "vace", "inputs": inputs("vace_video"), "parameters": {"motion_bucket_id": 1}},
+         "parameters.motion_bucket_id"),
+    ],
+)  # fmt: skip
+def test_a_parameter_of_another_task_is_refused(fields: dict[str, Any], path: str) -> None:
+    """Never taken and then ignored."""
+    with pytest.raises(PermanentJobError) as caught:
+        draft_plan(job(**fields), profiles(), LIMITS, world_size=1)
+    assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, path)
+
+
+def test_what_only_some_models_take_picks_the_model() -> None:
+    """A reference image goes to the first model that has a place for it, and is refused where none has."""
+    asked = job(task="control_to_video", inputs=inputs("control_video", "reference_image"))
+    plain = profiles()
+    able = {"able": replace(profiles(optional_inputs=("reference_image",))["all"], name="able")}
+    assert draft_plan(asked, plain | able, LIMITS, world_size=1).plan.model == "able"
+    for refused, path in (
+        (asked, "inputs.reference_image"),
+        (job(parameters={"motion_bucket_id": 50}), "parameters.motion_bucket_id"),
+    ):
+        with pytest.raises(PermanentJobError) as caught:
+            draft_plan(refused, plain, LIMITS, world_size=1)
+        assert (caught.value.code, caught.value.path) == (ErrorCode.UNSUPPORTED_TASK, path)
+
+
+def test_parameters_of_a_task_reach_the_plan_and_others_stay_diffsynths() -> None:
+    """What a job leaves out is None in the plan, which is DiffSynth's own default."""
+    asked = job(task="video_to_video", inputs=inputs("input_video"), parameters={"denoising_strength": 0.25})
+    plan = draft_plan(asked, profiles(), LIMITS, world_size=1).plan
+    assert (plan.denoising_strength, plan.vace_scale, plan.camera_control_speed) == (0.25, None, None)
+
+
+def test_the_boundary_between_experts_is_the_jobs_or_the_profiles() -> None:
+    """A model with two experts has a boundary of its own, and a job may move it."""
+    two = profiles(switch_boundary=0.9)
+    assert draft_plan(job(), two, LIMITS, world_size=1).plan.switch_boundary == 0.9
+    moved = job(parameters={"switch_DiT_boundary": 0.5})
+    assert draft_plan(moved, two, LIMITS, world_size=1).plan.switch_boundary == 0.5
+
+
+def test_the_schema_and_the_table_know_the_same_tasks_and_inputs() -> None:
+    """The job's schema spells the names out; they are those of `parallel.tasks`."""
+    assert get_args(TaskName) == tuple(TASKS)
+    assert tuple(Inputs.model_fields) == tuple(INPUT_KINDS)
+    assert set(TASK_PARAMETERS) <= set(Parameters.model_fields)
+    assert {name for task in TASKS.values() for name in task.inputs} == set(INPUT_KINDS)
 
 
 def test_a_task_that_no_model_offers_is_refused() -> None:
