@@ -83,7 +83,8 @@ def raise_for_outcomes(outcomes: list[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if not failed:
         return
-    first = failed[0]
+    # A rank that could not go on because of another one's error says `internal`; the cause says more.
+    first = next((outcome for outcome in failed if outcome.code != "internal"), failed[0])
     text = f"rank {first.rank}: {first.message}" if len(outcomes) > 1 else first.message
     match first.code:
         case "cancelled":
@@ -94,5 +95,7 @@ def raise_for_outcomes(outcomes: list[Outcome]) -> None:
             raise PermanentJobError(ErrorCode.TIME_LIMIT_EXCEEDED, "the time limit ran out", path="time_limit_seconds")
         case "out_of_memory":
             raise PermanentJobError(ErrorCode.OUT_OF_MEMORY, text, path="parameters")
+        case "input_rejected":
+            raise PermanentJobError(ErrorCode.INPUT_REJECTED, text, path="loras")
         case _:
             raise TransientJobError(ErrorCode.INTERNAL, text)

@@ -92,6 +92,14 @@ class ModelConfig(Section):
     path: Path = Field(description="folder with the model's files")
 
 
+class LoraConfig(Section):
+    """LoRAs that jobs may name. A directory offers every .safetensors file in it, as `name/file` without the ending."""
+
+    name: Name
+    path: Path = Field(description="a .safetensors file, or a directory of such")
+    target: Literal["both", "high_noise", "low_noise"] = Field("both", description="what a job's `target` defaults to")
+
+
 class InputsConfig(Section):
     schemes: tuple[Literal["file", "https", "http", "data"], ...] = ("https", "data")
     roots: tuple[Path, ...] = Field((), description="folders that file: URIs may point into")
@@ -147,10 +155,20 @@ class Config(BaseSettings):
     broker: BrokerConfig = BrokerConfig()
     topology: TopologyConfig = TopologyConfig()
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    loras: tuple[LoraConfig, ...] = ()
+    lora_cache_bytes: int = Field(2 * 1024**3, ge=0, description="LoRAs each rank keeps in host memory, at most")
     inputs: InputsConfig = InputsConfig()
     output: OutputConfig = OutputConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("loras")
+    @classmethod
+    def _has_unique_names(cls, value: tuple[LoraConfig, ...]) -> tuple[LoraConfig, ...]:
+        names = [lora.name for lora in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"names {next(name for name in names if names.count(name) > 1)} twice")
+        return value
 
     @property
     def pool_name(self) -> str:

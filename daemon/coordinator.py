@@ -20,6 +20,7 @@ from daemon.consumer import Consumer, Delivery
 from daemon.errors import ErrorCode, JobCancelled, PermanentJobError, TransientJobError
 from daemon.finisher import Finisher, Generated
 from daemon.job import Job, make_job, parse_job_message
+from daemon.loras import resolve_loras
 from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
 from daemon.settlement import Settlement
@@ -120,8 +121,10 @@ class Coordinator:
         size = self._context.world.world_size
         self._reporter.job("accepted", job, {"ulysses_degree": size, "world_size": size})
         draft = draft_plan(job, self._profiles, self._config.limits, world_size=size)
+        model = self._context.models[draft.plan.model]
+        loras = resolve_loras(job.message.loras, self._config.loras, model.loras.shapes)
         try:
-            plan = self._stage(job, draft)
+            plan = replace(self._stage(job, draft), loras=loras)
             staged = time.monotonic()
             frames = self._generate(job, plan)
         finally:

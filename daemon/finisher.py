@@ -23,7 +23,7 @@ from daemon.settlement import Settlement
 from daemon.storage import Storage
 from daemon.video import CODEC, encode_video
 from parallel.engine import quantise
-from parallel.plan import GenerationPlan
+from parallel.plan import GenerationPlan, LoraPlan
 
 log = structlog.get_logger("job")
 
@@ -148,7 +148,10 @@ class Finisher:
             "worker_id": self._config.worker_id,
             "result": {
                 "video": video,
-                "plan": {name: getattr(plan, name) for name in _ASKED},
+                "plan": {
+                    **{name: getattr(plan, name) for name in _ASKED},
+                    "loras": [_named(each) for each in plan.loras],
+                },
                 "timings": {**generated.timings, "finish_seconds": round(time.monotonic() - begun, 3)},
                 "manifest": str(self._storage.manifest_path(job.job_id)),
             },
@@ -157,6 +160,10 @@ class Finisher:
         if counted["result"]["video"]["sha256"] != stored.sha256:
             stored.path.unlink(missing_ok=True)  # another daemon was first, with other frames
         return counted
+
+
+def _named(lora: LoraPlan) -> dict[str, Any]:
+    return {"name": lora.name, "strength": lora.strength, "target": lora.target}
 
 
 def _check_same_request(manifest: dict[str, Any], job: Job) -> None:

@@ -16,6 +16,9 @@ from daemon.errors import ErrorCode, PermanentJobError
 
 SCHEMA = "reeld.job/1"
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+# Each part begins with a letter or digit, so no name leads out of its directory.
+LORA_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+LoraTarget = Literal["both", "high_noise", "low_noise"]
 _MAX_DEPTH = 64
 _MAX_PATH_CHARACTERS = 200
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
@@ -78,6 +81,18 @@ class Inputs(_Message):
     s2v_pose_video: Uri = Field(None, description="how the speaker moves (speech_to_video); may be shorter")
 
 
+class Lora(_Message):
+    """A LoRA that the operator has configured; publishers name files, they never choose paths."""
+
+    name: str = Field(
+        pattern=LORA_NAME_PATTERN, max_length=200, description="as configured: `name`, or `name/file` in a directory"
+    )
+    strength: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+    target: LoraTarget | None = Field(
+        None, description="the expert it is for; by default as configured, else both (a model with one DiT: both)"
+    )
+
+
 class Output(_Message):
     fps: int | None = Field(None, ge=1, le=120, description="frames per second of the video file")
 
@@ -92,7 +107,7 @@ class JobMessage(_Message):
     negative_prompt: str | None = None
     parameters: Parameters = Parameters()
     inputs: Inputs = Inputs()
-    loras: tuple[dict[str, Any], ...] = Field((), max_length=0, description="not supported yet: must be empty")
+    loras: tuple[Lora, ...] = Field((), max_length=8, description="added in this order")
     output: Output = Output()
     time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     metadata: dict[str, Any] = Field(default_factory=dict, description="echoed back in every event")

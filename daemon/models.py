@@ -1,15 +1,16 @@
-"""The models of a configuration, checked on disk; without torch.
+"""The models and LoRAs of a configuration, checked on disk; without torch.
 
 Leaves out loading them (`parallel.model`).
 """
 
 from daemon.config import Config
 from daemon.errors import ConfigError
+from daemon.loras import check_loras
 from parallel.profile import ModelFiles, ModelFolderError, check_model_folder, load_profile
 
 
 def check_models(config: Config) -> list[ModelFiles]:
-    """Checks every model folder of the configuration. Raises ConfigError, one line, for the first fault."""
+    """Checks every model folder and LoRA of the configuration. Raises ConfigError, one line, for the first fault."""
     found: list[ModelFiles] = []
     offered: dict[str, str] = {}
     for model in config.models:
@@ -25,4 +26,5 @@ def check_models(config: Config) -> list[ModelFiles]:
                 )
             offered[task] = profile.name
         found.append(files)
+    check_loras(config.loras)
     return found

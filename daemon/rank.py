@@ -73,7 +73,9 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
         state.set("loading", phase=each.profile.name)
         begun = time.monotonic()
         try:
-            models[each.profile.name] = load_model(each, world=world, dtype=config.dtype)
+            models[each.profile.name] = load_model(
+                each, world=world, dtype=config.dtype, lora_cache_bytes=config.lora_cache_bytes
+            )
         except ValueError as error:
             raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
         log.info("model_loaded", model=each.profile.name, seconds=round(time.monotonic() - begun, 3))

@@ -32,6 +32,7 @@ def generate_frames(
     quantised. Raises StoppedError on every rank alike, and whatever DiffSynth and torch raise.
     """
     pipeline = model.pipeline
+    model.loras.set(plan.loras)
     progress("encode", 0, plan.num_inference_steps)
 
     def denoising(timesteps: Iterable[Any]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from diffsynth.core import ModelConfig
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 from parallel.attention import enable_ulysses
+from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights
 from parallel.plan import ParallelDegrees, resolve_degrees
 from parallel.profile import ModelFiles
 from parallel.tiny_registry import register_tiny_models
@@ -26,9 +27,12 @@ class LoadedModel:
     files: ModelFiles
     pipeline: WanVideoPipeline
     degrees: ParallelDegrees
+    loras: LoraWeights
 
 
-def load_model(files: ModelFiles, *, world: World, dtype: str) -> LoadedModel:
+def load_model(
+    files: ModelFiles, *, world: World, dtype: str, lora_cache_bytes: int = DEFAULT_CACHE_BYTES
+) -> LoadedModel:
     """Called by every rank. Loads the model onto the rank's device.
 
     Raises ValueError when the model cannot be split over the ranks, or when DiffSynth does not know the
@@ -58,7 +62,9 @@ def load_model(files: ModelFiles, *, world: World, dtype: str) -> LoadedModel:
         if world.rank != 0:
             # Only rank 0 needs frames; the others would decode the same latents for nothing.
             pipeline.vae.decode = _no_decode
-    return LoadedModel(files=files, pipeline=pipeline, degrees=degrees)
+    dits = {name: dit for name in ("dit", "dit2") if (dit := getattr(pipeline, name)) is not None}
+    loras = LoraWeights(dits, world, cache_bytes=lora_cache_bytes)
+    return LoadedModel(files=files, pipeline=pipeline, degrees=degrees, loras=loras)
 
 
 def _no_decode(latents: torch.Tensor, **_arguments: object) -> None:

@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import torch
 
+from parallel.lora_layout import LoraError
 from parallel.plan import Outcome
 
 
@@ -49,6 +50,8 @@ def outcome_of(error: BaseException | None, rank: int) -> Outcome:
             return Outcome(rank=rank, code=stop.name.lower(), message=f"stopped on request: {stop.name.lower()}")
         case PreparationError(code=code):
             return Outcome(rank=rank, code=code, message=_first_line(error))
+        case LoraError():
+            return Outcome(rank=rank, code="input_rejected", message=_first_line(error))
         case torch.OutOfMemoryError() | MemoryError():
             return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
         case _:

@@ -8,6 +8,22 @@ line can use it.
 
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPlan:
+    """One LoRA of a plan, resolved: `path` is a safetensors file that rank 0 can read.
+
+    `target` is `both`, `high_noise` or `low_noise`: the expert whose weights it changes (a model with one DiT has only
+    `both`). `version` tells a replaced file from the one that is cached.
+    """
+
+    name: str
+    path: str
+    strength: float
+    target: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +67,7 @@ class GenerationPlan:
     camera_control_direction: str | None = None
     camera_control_speed: float | None = None
     motion_bucket_id: int | None = None
+    loras: tuple[LoraPlan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +104,16 @@ def decode_command(data: bytes) -> Command:
     """Decodes `encode_command`'s bytes. Raises ValueError on what this version does not know."""
     match json.loads(data):
         case {"command": "generate", "plan": dict(plan)} if plan.keys() == _PLAN_FIELDS:
-            return Generate(plan=GenerationPlan(**plan))
+            return Generate(plan=_plan_from(plan))
         case {"command": "shutdown", "reason": str(reason)}:
             return Shutdown(reason=reason)
         case _:
             raise ValueError("a command of another form: are all ranks of one version of reeld?")
+
+
+def _plan_from(values: dict[str, Any]) -> GenerationPlan:
+    loras = tuple(LoraPlan(**lora) for lora in values.pop("loras"))
+    return GenerationPlan(**values, loras=loras)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,10 @@ def test_a_job_needs_only_schema_task_and_prompt() -> None:
         ({"parameters": {"camera_control_direction": "Sideways"}}, "parameters.camera_control_direction"),
         ({"output": {"fps": 0}}, "output.fps"),
         ({"time_limit_seconds": 0}, "time_limit_seconds"),
-        ({"loras": [{"path": "x"}]}, "loras"),
+        ({"loras": [{"path": "x"}]}, "loras.0.name"),
+        ({"loras": [{"name": "../x"}]}, "loras.0.name"),
+        ({"loras": [{"name": "a"}, {"name": "a", "strength": 99}]}, "loras.1.strength"),
+        ({"loras": [{"name": "a", "target": "dit2"}]}, "loras.0.target"),
         ({"metadata": []}, "metadata"),
     ],
 )

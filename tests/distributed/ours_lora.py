@@ -1,0 +1,107 @@
+"""The cases of `reference_lora.py` through reeld's ranks, one model for all: ours_lora CASES.json OUTPUT.
+
+Also writes OUTPUT.json: a hash of all the weights of every rank, before the cases, within each, and after all.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from parallel import lora as lora_module
+from parallel.engine import generate_frames
+from parallel.model import LoadedModel, load_model
+from parallel.outcome import Stop
+from parallel.plan import Generate, GenerationPlan, LoraPlan
+from parallel.profile import check_model_folder, load_profile
+from parallel.world import World, join, read_launch
+
+
+def hash_weights(model: LoadedModel, world: World) -> list[str]:
+    """One hash a rank, over the bits of every tensor of the model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.pipeline.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    found = [digest.hexdigest()]
+    if world.world_size > 1:
+        found = [""] * world.world_size
+        dist.all_gather_object(found, digest.hexdigest())
+    return found
+
+
+def plan_of(case: dict[str, Any], arguments: dict[str, Any]) -> GenerationPlan:
+    return GenerationPlan(
+        job_id=case["name"],
+        attempt=1,
+        task="text_to_video",
+        model="two-experts",
+        switch_boundary=case["arguments"]["switch_DiT_boundary"],
+        input_image=None,
+        time_limit_seconds=600,
+        loras=tuple(
+            LoraPlan(
+                name=each["path"], path=each["path"], strength=each["strength"], target=each["target"], version="1"
+            )
+            for each in case["loras"]
+        ),
+        **arguments,
+        **{key: value for key, value in case["arguments"].items() if key != "switch_DiT_boundary"},
+    )
+
+
+def fail_on_the_last_rank(model: LoadedModel, world: World, plan: GenerationPlan) -> list[str]:
+    """The last rank runs out of memory in mid-way: every rank raises. Returns the hashes afterwards."""
+    whole, calls = lora_module._Factors.product, iter(range(1000))
+
+    def product(*arguments: Any) -> torch.Tensor:
+        if world.rank == world.world_size - 1 and next(calls) == 9:
+            raise torch.OutOfMemoryError("pretended")
+        return whole(*arguments)
+
+    lora_module._Factors.product = product  # type: ignore[assignment,method-assign]
+    try:
+        model.loras.set(plan.loras)
+    except RuntimeError:
+        assert model.loras.applied == ()
+    else:
+        raise AssertionError("nothing was raised")
+    finally:
+        lora_module._Factors.product = whole  # type: ignore[method-assign]
+    return hash_weights(model, world)
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    world = join(read_launch(), device_kind="cpu")
+    files = check_model_folder(load_profile(cases["profile"]), Path(cases["folder"]))
+    frames, hashes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(files, world=world, dtype=dtype)
+        hashes[f"{dtype} before"] = hash_weights(model, world)
+        for case in cases["cases"]:
+            command = world.broadcast_command(Generate(plan_of(case, cases["arguments"])) if world.rank == 0 else None)
+            assert isinstance(command, Generate)
+            made = None
+            if dtype == "float32":
+                made = generate_frames(command.plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO)
+            else:
+                model.loras.set(command.plan.loras)
+            hashes[f"{dtype} {case['name']}"] = hash_weights(model, world)
+            if made is not None:
+                frames[case["name"]] = made.contiguous()
+        model.loras.set(())
+        hashes[f"{dtype} after"] = hash_weights(model, world)
+        hashes[f"{dtype} failed"] = fail_on_the_last_rank(model, world, plan_of(cases["cases"][1], cases["arguments"]))
+    if world.rank == 0:
+        save_file(frames, sys.argv[2])
+        Path(sys.argv[2] + ".json").write_text(json.dumps(hashes))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
