@@ -8,6 +8,7 @@ which are passed in.
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
