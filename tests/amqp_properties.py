@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import pika
 from hypothesis import strategies as st
 
+from tests.history import text_of
+
 # Name, bit of the flags, and whether the value is a short string (else its encoding is fixed below).
 _PROPERTIES = {
     "content_type": 15,
@@ -44,14 +46,9 @@ class Properties:
 
     @property
     def message_id(self) -> str | None:
-        """As the checker knows it: text, or Latin-1 of what is no UTF-8."""
+        """As the checker knows it."""
         raw = self.strings.get("message_id")
-        if raw is None:
-            return None
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return raw.decode("latin-1")
+        return None if raw is None else text_of(raw)
 
     def encoded(self) -> bytes:
         flags, values = 0, b""

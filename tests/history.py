@@ -242,6 +242,14 @@ class Recorder:
         self._file.close()
 
 
+def text_of(short_string: bytes) -> str:
+    """A message_id as it stands in a history: text, or for what is no UTF-8 as much Latin-1 as can be sent again."""
+    try:
+        return short_string.decode()
+    except UnicodeDecodeError:
+        return short_string.decode("latin-1")[:127]
+
+
 def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -281,7 +289,7 @@ def record_queues(recorder: Recorder, url: str, *, dead: str, others: list[str])
                 if method is None or properties is None:
                     break
                 name = properties.message_id
-                message_id = name if isinstance(name, str) or name is None else name.decode("latin-1")
+                message_id = text_of(name) if isinstance(name, bytes) else name
                 if queue == dead:
                     headers = properties.headers or {}
                     recorder.add(

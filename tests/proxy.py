@@ -14,6 +14,7 @@ HTTP) go through as they are, so it serves any client. Leaves out the broker beh
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import socket
 import struct
 import threading
@@ -77,6 +78,7 @@ class _Link:
 
     client: asyncio.StreamWriter
     broker: asyncio.StreamWriter
+    number: int = 0
     name: str = ""
     amqp: bool = True
     damaged: bool = False
@@ -96,11 +98,14 @@ class _Link:
 class Proxy:
     """Forwards 127.0.0.1:`port` to 127.0.0.1:`target_port`, from a thread of its own.
 
-    A fault stays until `heal()`, and applies to the connections there are and to those to come.
+    A fault stays until `heal()`, and applies to the connections there are and to those to come. `observe` sees every
+    frame as it comes, before any fault and before it is passed on, with the number of its connection; it must be quick.
     """
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, *, observe: Callable[[int, Direction, Frame], None] | None = None) -> None:
         self.port = 0
+        self._observe = observe
+        self._numbers = itertools.count(1)
         self._target_port = target_port
         self._links: list[_Link] = []
         self._catches: list[Catch] = []
@@ -257,7 +262,7 @@ class Proxy:
             # Only now is it known that nobody is behind us: the nearest thing to "connection refused".
             _Link(writer, writer).reset()
             return
-        link = _Link(writer, broker_writer)
+        link = _Link(writer, broker_writer, next(self._numbers))
         self._links.append(link)
         link.pumps = [
             asyncio.ensure_future(self._pump(link, reader, broker_writer, TO_BROKER)),
@@ -275,6 +280,8 @@ class Proxy:
             while data := await reader.read(65536):
                 await self._flowing.wait()
                 for piece in splitter.feed(data):
+                    if isinstance(piece, Frame) and self._observe is not None:
+                        self._observe(link.number, direction, piece)
                     if isinstance(piece, Frame) and await self._caught(piece, direction):
                         continue
                     await self._forward(link, piece.raw if isinstance(piece, Frame) else piece, writer)
