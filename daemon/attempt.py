@@ -51,8 +51,10 @@ def attempt_plan(
     wait for but the next command. Raises GroupBrokenError when some rank does not report within the grace.
     """
 
+    work = f"{plan.model} {plan.width}x{plan.height}x{plan.num_frames}"
+
     def on_progress(phase: str, step: int, steps: int) -> None:
-        context.state.set("generating", phase=phase, job_id=plan.job_id, step=step, steps=steps)
+        context.state.set("generating", phase=phase, work=work, job_id=plan.job_id, step=step, steps=steps)
         progress(phase, step, steps)
 
     frames, error = None, None
@@ -63,6 +65,7 @@ def attempt_plan(
     outcome = outcome_of(error, context.world.rank)
     if outcome.code in ("internal", "out_of_memory"):
         log.error("attempt_failed", code=outcome.code, message=outcome.message, exc_info=error)
+    context.state.set("agreeing", job_id=plan.job_id)
     context.world.report_outcome(outcome)
     if error is not None:
         del error

@@ -11,10 +11,10 @@ import socket
 import tomllib
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from daemon.errors import ConfigError
@@ -132,6 +132,31 @@ class LimitsConfig(Section):
     outcome_grace_seconds: float = Field(20, gt=0)
 
 
+class StallConfig(Section):
+    """How long a phase may go without progress before its group is ended and started again.
+
+    `*_seconds` of a phase is the ceiling, and the limit until the phase was seen once at this shape. After that the
+    limit is `multiple` times the longest time seen, at least `floor_seconds`.
+    """
+
+    floor_seconds: float = Field(60, gt=0)
+    multiple: float = Field(10, ge=2)
+    silence_seconds: float = Field(180, gt=0, description="a process that says nothing at all")
+    join_seconds: float = Field(600, gt=0, description="from the start of the processes until all ranks are joined")
+    load_seconds: float = Field(1800, gt=0, description="one model")
+    stage_seconds: float = Field(600, gt=0, description="one input")
+    encode_seconds: float = Field(600, gt=0, description="text and image encoders")
+    denoise_seconds: float = Field(900, gt=0, description="one step")
+    decode_seconds: float = Field(900, gt=0)
+    finish_seconds: float = Field(600, gt=0, description="encoding one frame, storing the file")
+    leave_seconds: float = Field(60, gt=0, description="after the last job, until all ranks have left")
+
+    def ceiling(self, phase: str) -> float:
+        """The ceiling of a phase; one without a setting of its own has that of a step."""
+        ceiling: float = getattr(self, f"{phase}_seconds", self.denoise_seconds)
+        return ceiling
+
+
 class LogConfig(Section):
     format: Literal["auto", "json", "console"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -160,6 +185,7 @@ class Config(BaseSettings):
     inputs: InputsConfig = InputsConfig()
     output: OutputConfig = OutputConfig()
     limits: LimitsConfig = LimitsConfig()
+    stall: StallConfig = StallConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("loras")
@@ -169,6 +195,12 @@ class Config(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError(f"names {next(name for name in names if names.count(name) > 1)} twice")
         return value
+
+    @model_validator(mode="after")
+    def _hears_every_rank(self) -> Self:
+        if self.stall.silence_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError("stall.silence_seconds must be at least 3 times heartbeat_seconds")
+        return self
 
     @property
     def pool_name(self) -> str:

@@ -46,7 +46,7 @@ class Coordinator:
         self._settlement = Settlement(
             consumer, reporter, retry_delays_seconds=config.topology.retry_delays_seconds, wait=self._wait
         )
-        self._finisher = Finisher(config, self._settlement, reporter, storage)
+        self._finisher = Finisher(config, context.state, self._settlement, reporter, storage)
         self._profiles = {name: model.files.profile for name, model in context.models.items()}
         self._drain_reason: str | None = None
         self._drain_deadline: float | None = None
@@ -104,9 +104,17 @@ class Coordinator:
             self._settlement.fail_malformed(delivery, error)
             return
         with bound_contextvars(job_id=job.job_id, attempt=job.attempt):
-            self._settlement.settle(job, delivery, lambda: self._run(job, delivery))
+            self._settlement.settle(job, delivery, lambda: self._run_to_settling(job, delivery))
+
+    def _run_to_settling(self, job: Job, delivery: Delivery) -> bool:
+        try:
+            return self._run(job, delivery)
+        finally:
+            # What follows may wait for the broker, which is no stall.
+            self._context.state.set("settling", job_id=job.job_id)
 
     def _run(self, job: Job, delivery: Delivery) -> bool:
+        self._context.state.set("settling", job_id=job.job_id)
         self._finisher.wait_for(job.job_id)
         if self._finisher.answer_from_manifest(job, delivery):
             return True
@@ -146,9 +154,9 @@ class Coordinator:
     def _stage(self, job: Job, draft: Draft) -> GenerationPlan:
         if not draft.input_uris:
             return draft.plan
-        self._context.state.set("staging", job_id=job.job_id, phase="stage")
 
         def stage() -> GenerationPlan:
+            self._context.state.set("staging", job_id=job.job_id, phase="stage")
             try:
                 return stage_inputs(draft, self._staging_folder(job), self._config.inputs)
             except OSError as error:
@@ -190,6 +198,7 @@ class Coordinator:
                 }
                 self._reporter.progress(job, data)
 
+            self._context.state.set("generating", phase="encode", job_id=job.job_id)
             world.broadcast_command(Generate(plan))
             frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
             raise_for_outcomes(outcomes or [])

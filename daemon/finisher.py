@@ -5,6 +5,7 @@ Leaves out generating the frames (`daemon.coordinator`) and the files themselves
 """
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from daemon.config import Config
 from daemon.consumer import Delivery
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.events import now
+from daemon.health import RankState
 from daemon.job import Job
 from daemon.planning import Draft
 from daemon.reporter import Reporter
@@ -56,8 +58,11 @@ class Generated:
 class Finisher:
     """Finishes one job at a time, off the main thread, and acks each by its own commit."""
 
-    def __init__(self, config: Config, settlement: Settlement, reporter: Reporter, storage: Storage) -> None:
+    def __init__(
+        self, config: Config, state: RankState, settlement: Settlement, reporter: Reporter, storage: Storage
+    ) -> None:
         self._config = config
+        self._state = state
         self._settlement = settlement
         self._reporter = reporter
         self._storage = storage
@@ -103,31 +108,47 @@ class Finisher:
                 # The delivery stays unacked, so the broker redelivers it when this connection ends.
                 log.exception("finishing_failed")
                 self._settlement.requeue(delivery)
+            finally:
+                self._state.finishing(None)
 
     def _commit(self, generated: Generated) -> bool:
         job, delivery = generated.job, generated.delivery
         write = self._settlement.in_place(job, self._config.limits.io_attempts)
         manifest = write(self._write, generated, time.monotonic())
+        self._state.finishing(job.job_id)  # the broker may be away for as long as it likes
         _check_same_request(manifest, job)
         confirmed = self._settlement.publish(
             delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
         )
         if confirmed:
+            self._state.succeeded()
             log.info("job_succeeded", video=manifest["result"]["video"]["path"], **manifest["result"]["timings"])
         return confirmed
 
     def _write(self, generated: Generated, begun: float) -> dict[str, Any]:
         """Writes video and manifest. Returns the manifest that counts: an earlier one, if there is one."""
         job, plan = generated.job, generated.plan
+
+        def progress() -> None:
+            size = f"{plan.width}x{plan.height}x{plan.num_frames}"
+            self._state.finishing(job.job_id, phase="finish", work=size)
+
+        def pixels() -> Iterator[Any]:
+            for frame in generated.frames:
+                progress()
+                yield quantise(frame)
+
+        progress()
         with self._storage.temporary_video(job.job_id) as temporary:
             count = encode_video(
-                (quantise(frame) for frame in generated.frames),
+                pixels(),
                 temporary,
                 width=plan.width,
                 height=plan.height,
                 fps=generated.draft.fps,
                 crf=self._config.output.crf,
             )
+            progress()
             stored = self._storage.keep_video(job.job_id, temporary)
         video = {
             "path": str(stored.path),
@@ -156,6 +177,7 @@ class Finisher:
                 "manifest": str(self._storage.manifest_path(job.job_id)),
             },
         }
+        progress()
         counted = self._storage.create_manifest(job.job_id, manifest)
         if counted["result"]["video"]["sha256"] != stored.sha256:
             stored.path.unlink(missing_ok=True)  # another daemon was first, with other frames

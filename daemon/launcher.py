@@ -5,26 +5,37 @@ ranks'. Owns the exit status, the restart of a broken group, and passing on the 
 does (`daemon.rank`).
 """
 
+import math
 import os
 import signal
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import structlog
 
 from daemon.config import Config
 from daemon.errors import ConfigError, ExitStatus
-from daemon.logs import LOCK_VARIABLE, READY_MARK, RUNTIME_VARIABLE, finish_logs, log_format_for_ranks, setup_logs
+from daemon.group_watch import GroupWatch, kill_ranks, rank_processes
+from daemon.logs import (
+    LOCK_VARIABLE,
+    READY_MARK,
+    RUNTIME_VARIABLE,
+    STACKS_FILE,
+    finish_logs,
+    log_format_for_ranks,
+    setup_logs,
+)
 from daemon.models import check_models
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
 
-# A group that was up this long has earned a quick restart; one that dies sooner is restarted ever more slowly.
-_STABLE_SECONDS = 60.0
-_RESTARTS_IN_A_ROW = 5
+# A group that finished a job, or was ready for this long, has earned a quick restart. One that does neither is
+# restarted ever more slowly, and at last given up: a box that kills each of its jobs must not eat the queue.
+_STABLE_SECONDS = 3600.0
+_RESTARTS_IN_A_ROW = 10
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 def check(config: Config) -> list[ModelFiles]:
@@ -64,7 +75,7 @@ def run(config: Config, config_path: Path | None) -> int:
             directory=config.log.directory,
         )
         try:
-            return _Launcher(nproc, Path(runtime)).run()
+            return _Launcher(config, nproc, Path(runtime)).run()
         finally:
             finish_logs()
 
@@ -76,75 +87,116 @@ class _DrainedWhileStarting(BaseException):
     """
 
 
+class RestartPolicy:
+    """Whether a group that failed is started again, and after which pause."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def pause_seconds(self, *, ready_seconds: float, jobs_succeeded: int) -> float | None:
+        """After a group that was ready for so long, and finished so many jobs. None: it is given up."""
+        if jobs_succeeded > 0 or ready_seconds > _STABLE_SECONDS:
+            self.failures = 0
+        self.failures += 1
+        if self.failures > _RESTARTS_IN_A_ROW:
+            return None
+        return 0.0 if self.failures == 1 else min(_LONGEST_PAUSE_SECONDS, 2.0 ** (self.failures - 1))
+
+
 class _Launcher:
-    def __init__(self, nproc: int, runtime: Path) -> None:
+    def __init__(self, config: Config, nproc: int, runtime: Path) -> None:
+        self._config = config
         self._nproc = nproc
         self._runtime = runtime
         self._ready = runtime / READY_MARK
         self._draining = False
+        self._overdue = False
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGALRM, self._on_overdue)
         try:
             return self._run_groups()
         except _DrainedWhileStarting:
             log.info("stopped", exit_status=0, reason="asked to while starting")
             return int(ExitStatus.OK)
+        finally:
+            signal.alarm(0)
 
     def _run_groups(self) -> int:
-        failures = 0
+        policy = RestartPolicy()
         while True:
             log.info("starting_ranks", nproc_per_node=self._nproc)
-            begun = time.monotonic()
             self._ready.unlink(missing_ok=True)
-            status = self._run_group()
+            status, jobs_succeeded = self._run_group()
             self._log_crashes()
+            if self._overdue:
+                log.warning("stopped", exit_status=0, reason="the drain took too long; the job goes back to the queue")
+                return int(ExitStatus.OK)
             if status in (ExitStatus.OK, ExitStatus.CONFIG, ExitStatus.NOPERM):
                 log.info("stopped", exit_status=status)
                 return status
             if self._draining:
                 log.error("stopped", exit_status=status, reason="a rank failed while draining")
                 return int(ExitStatus.FAILED)
-            failures = 1 if time.monotonic() - begun > _STABLE_SECONDS else failures + 1
-            if failures > _RESTARTS_IN_A_ROW:
-                log.critical("stopped", exit_status=status, reason=f"{failures} groups in a row did not last")
+            pause = policy.pause_seconds(ready_seconds=self._ready_seconds(), jobs_succeeded=jobs_succeeded)
+            if pause is None:
+                reason = f"{policy.failures} groups in a row failed without finishing a job"
+                log.critical("stopped", exit_status=status, reason=reason)
                 return int(ExitStatus.FAILED)
-            delay = 0.0 if failures == 1 else min(30.0, 2.0**failures)
-            log.error("group_failed", exit_status=status, restart_in_seconds=delay)
-            self._pause(delay)
+            log.error("group_failed", exit_status=status, restart_in_seconds=pause)
+            self._pause(pause)
             if self._draining:
+                log.info("stopped", exit_status=0, reason="asked to between two groups")
                 return int(ExitStatus.OK)
 
-    def _run_group(self) -> int:
-        """One group of ranks, from start to end. Returns the exit status of the rank that ended it."""
+    def _run_group(self) -> tuple[int, int]:
+        """One group of ranks, from start to end.
+
+        Returns the exit status of the rank that ended it, and how many jobs it finished with a video.
+        """
         from parallel.agent import run_ranks
 
-        statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
+        stall = self._config.stall
+        with GroupWatch(
+            self._runtime,
+            self._nproc,
+            join_seconds=stall.join_seconds,
+            silence_seconds=stall.silence_seconds,
+            grace_seconds=self._config.limits.outcome_grace_seconds,
+        ) as watch:
+            statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
         if not statuses:
-            return int(ExitStatus.OK)
+            return int(ExitStatus.OK), watch.jobs_succeeded
         log.error("ranks_failed", exit_statuses=statuses)
         # Rank 0 decides what a failure means; a peer that merely lost its rank 0 says nothing new.
-        return statuses.get(0) or next(iter(statuses.values())) or int(ExitStatus.FAILED)
+        status = statuses.get(0) or next(iter(statuses.values())) or int(ExitStatus.FAILED)
+        return status, watch.jobs_succeeded
+
+    def _ready_seconds(self) -> float:
+        try:
+            return time.time() - self._ready.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._draining = True
+        again, self._draining = self._draining, True
+        limits = self._config.limits
+        # Rank 0 obeys at its next step. A step that takes longer than this is not waited for.
+        signal.alarm(math.ceil(limits.outcome_grace_seconds + (0 if again else limits.drain_seconds)))
         if not self._ready.exists():
-            raise _DrainedWhileStarting
-        rank0 = self._rank0()
+            if not again:
+                raise _DrainedWhileStarting
+            return
+        rank0 = rank_processes().get(0)
         log.info("signal", signal=signal.Signals(number).name, forwarded_to=rank0.pid if rank0 else None)
         if rank0 is not None:
             rank0.send_signal(signal.SIGUSR1)
 
-    @staticmethod
-    def _rank0() -> psutil.Process | None:
-        for child in psutil.Process().children():
-            try:
-                if child.environ().get("RANK") == "0":
-                    return child
-            except psutil.Error:
-                continue
-        return None
+    def _on_overdue(self, _number: int, _frame: object) -> None:
+        self._overdue = True
+        log.error("drain_overdue", ranks_killed=kill_ranks())
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -152,7 +204,9 @@ class _Launcher:
             signal.sigtimedwait([signal.SIGCHLD], min(left, 1.0))
 
     def _log_crashes(self) -> None:
-        """Turns the faulthandler traces that dead ranks left into log lines."""
+        """Turns the faulthandler traces that dead ranks left into log lines, and clears the way for the next group."""
+        for path in self._runtime.glob(STACKS_FILE.format(rank="*")):
+            path.unlink()
         for path in sorted(self._runtime.glob("rank-*.txt")):
             trace = path.read_text(errors="backslashreplace")
             if trace.strip():

@@ -11,6 +11,7 @@ import json
 import logging
 import logging.handlers
 import os
+import signal
 import socket
 import sys
 import threading
@@ -31,6 +32,8 @@ _FORMATTED = b"\x1e"
 RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
 # Rank 0 makes this file in the runtime directory once it takes SIGUSR1 for a wish to drain.
 READY_MARK = "ready"
+# Where a rank writes the stacks of its threads on SIGUSR2.
+STACKS_FILE = "stacks-{rank}.txt"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -218,6 +221,9 @@ def setup_logs(
     if runtime and rank is not None:
         # The launcher turns this file into a log line when the rank died: a raw trace would not parse.
         faulthandler.enable((Path(runtime) / f"rank-{rank}.txt").open("w"))
+        # For the launcher, which asks all ranks when one makes no progress. The handler is C and needs no GIL, so it
+        # also answers for a rank whose main thread hangs inside a library.
+        faulthandler.register(signal.SIGUSR2, (Path(runtime) / STACKS_FILE.format(rank=rank)).open("w"))
     if capture:
         os.environ.setdefault("TQDM_DISABLE", "1")
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.

@@ -21,11 +21,12 @@ from daemon.connection import redacted
 from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError
-from daemon.health import HealthThread, RankState
-from daemon.logs import READY_MARK, RUNTIME_VARIABLE
+from daemon.health import HealthThread, Pulse, RankState, pulse_path
+from daemon.logs import READY_MARK, RUNTIME_VARIABLE, finish_logs
 from daemon.models import check_models
 from daemon.publisher import Publisher
 from daemon.reporter import Reporter
+from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
 from daemon.topology import Topology, apply_topology, check_topology, topology_of
 from parallel.engine import memory_bytes
@@ -33,7 +34,7 @@ from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
 from parallel.profile import ModelFiles
-from parallel.world import HealthBoard, World, join, read_launch
+from parallel.world import HealthBoard, Launch, World, join, read_launch
 
 log = structlog.get_logger("process")
 
@@ -45,24 +46,29 @@ LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 def run_rank(config: Config) -> int:
     """Joins, loads, serves and leaves. Returns the exit status; raises FatalError as documented there."""
     launch = read_launch()
-    state = RankState()
+    state = RankState(StallLimits(config.stall))
+    health = _health(config, launch, state)
+    state.set("joining", phase="join")
     files = check_models(config)
     try:
         world = join(launch, device_kind=config.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     log.info("joined", device=str(world.device))
-    board = HealthBoard(launch)
+    health.memory = lambda: memory_bytes(world.device)
+    health.board = HealthBoard(launch)
     try:
         if world.rank == 0:
-            status = _coordinate(config, world, state, board, files)
+            status = _coordinate(config, world, state, health, files)
         else:
-            status = _follow(config, world, state, board, files)
+            status = _follow(config, world, state, files)
     except (GroupBrokenError, RuntimeError) as error:
         # RuntimeError is what gloo raises when another rank is gone.
         log.critical("group_broken", reason=str(error).splitlines()[0], exc_info=True)
         return int(ExitStatus.GROUP_BROKEN)
     world.leave()
+    state.set("left")
+    health.stop()
     log.info("left")
     return status
 
@@ -70,7 +76,7 @@ def run_rank(config: Config) -> int:
 def _load(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> Mapping[str, LoadedModel]:
     models: dict[str, LoadedModel] = {}
     for each in files:
-        state.set("loading", phase=each.profile.name)
+        state.set("loading", phase="load", work=each.profile.name)
         begun = time.monotonic()
         try:
             models[each.profile.name] = load_model(
@@ -82,24 +88,23 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
     return models
 
 
-def _follow(config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]) -> int:
+def _follow(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> int:
     """A peer: waits for a command, generates, reports its outcome."""
     _on_signals(drain=lambda _reason: None)
-    health = _health(config, world, state, board, publish=None)
     context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
     while True:
         state.set("idle")
         match world.broadcast_command():
             case Shutdown(reason=reason):
                 log.info("shutdown", reason=reason)
-                health.stop()
+                state.set("leaving", phase="leave")
                 return int(ExitStatus.OK)
             case Generate(plan=plan):
                 with structlog.contextvars.bound_contextvars(job_id=plan.job_id, attempt=plan.attempt):
                     attempt_plan(plan, context, decide=lambda: Stop.NO, progress=_log_step)
 
 
-def _coordinate(config: Config, world: World, state: RankState, board: HealthBoard, files: list[ModelFiles]) -> int:
+def _coordinate(config: Config, world: World, state: RankState, health: HealthThread, files: list[ModelFiles]) -> int:
     """Rank 0: consumes, plans, broadcasts, generates, encodes, publishes, acks."""
     topology = topology_of(config)
     publisher = Publisher(config.broker, worker_id=config.worker_id)
@@ -140,7 +145,7 @@ def _coordinate(config: Config, world: World, state: RankState, board: HealthBoa
         )
 
     publisher.start()
-    health = _health(config, world, state, board, publish=heartbeat)
+    health.publish = heartbeat
     context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
     coordinator = Coordinator(config, context, consumer, reporter, Storage(config.output.directory))
     runtime = os.environ.get(RUNTIME_VARIABLE)
@@ -152,6 +157,7 @@ def _coordinate(config: Config, world: World, state: RankState, board: HealthBoa
         reason = coordinator.serve()
         reporter.worker("draining", {"reason": reason})
         consumer.stop()
+        state.set("leaving", phase="leave")
         world.broadcast_command(Shutdown(reason))
         status = int(ExitStatus.OK)
     except GroupBrokenError:
@@ -160,7 +166,7 @@ def _coordinate(config: Config, world: World, state: RankState, board: HealthBoa
         consumer.stop(timeout_seconds=2)
         raise
     reporter.worker("stopped", {"exit_status": status})
-    health.stop()
+    health.publish = None
     publisher.stop()
     return status
 
@@ -173,21 +179,22 @@ def _prepare_topology(connection: Any, topology: Topology, *, apply: bool) -> No
         )
 
 
-def _health(
-    config: Config,
-    world: World,
-    state: RankState,
-    board: HealthBoard,
-    *,
-    publish: Callable[[list[dict[str, Any]]], None] | None,
-) -> HealthThread:
+def _health(config: Config, launch: Launch, state: RankState) -> HealthThread:
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+
+    def end_stalled() -> None:
+        log.error("rank_stacks", of_rank=launch.rank, of_pid=os.getpid(), threads=own_stacks())
+        finish_logs()
+        os._exit(ExitStatus.GROUP_BROKEN)  # the main thread is past obeying
+
     health = HealthThread(
-        rank=world.rank,
+        rank=launch.rank,
         state=state,
-        board=board,
-        memory=lambda: memory_bytes(world.device),
+        pulse=Pulse(pulse_path(Path(runtime), launch.rank)) if runtime else None,
         interval_seconds=config.heartbeat_seconds,
-        publish=publish,
+        silence_seconds=config.stall.silence_seconds,
+        join_seconds=config.stall.join_seconds,
+        on_stall=end_stalled,
     )
     health.start()
     return health

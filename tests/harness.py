@@ -144,10 +144,38 @@ class Ear:
             self._changed.notify_all()
 
 
+class Faults:
+    """Faults that the ranks of a worker meet inside the model, told in a file (`tests/faults/sitecustomize.py`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "faults.json"
+        self._told: list[dict[str, Any]] = []
+        self._path.write_text("[]")
+        self.environment = {
+            "PYTHONPATH": str(Path(__file__).with_name("faults")),
+            "FAULTS_FILE": str(self._path),
+        }
+
+    def tell(self, job: dict[str, Any], action: str, **fault: Any) -> None:
+        """Before the job is published: what its ranks meet, once unless `times` says otherwise."""
+        self._told.append({"id": uuid.uuid4().hex, "job_id": job["job_id"], "action": action, **fault})
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(self._told))
+        new.replace(self._path)
+
+
 class Worker:
     """A daemon as a user starts it: `reeld run`, or another command, with its output in a file."""
 
-    def __init__(self, config: Path, url: str | None, folder: Path, *, command: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Path,
+        url: str | None,
+        folder: Path,
+        *,
+        command: list[str] | None = None,
+        faults: "Faults | None" = None,
+    ) -> None:
         self.log_path = folder / f"log-{uuid.uuid4().hex[:8]}.jsonl"
         self.url = url
         reeld = str(Path(sys.executable).parent / "reeld")
@@ -155,6 +183,8 @@ class Worker:
         environment |= {"OMP_NUM_THREADS": "1", "REELD_CONFIG": str(config)}
         if url is not None:
             environment["REELD_AMQP_URL"] = url
+        if faults is not None:
+            environment |= faults.environment
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command or [reeld, "run", "--config", str(config)],

@@ -1,0 +1,160 @@
+"""The launcher's watch: a group in which one rank makes no progress is ended, with the stacks of all logged.
+
+Owns noticing (a stalled phase, a process that says nothing, survivors of a rank that died), asking every rank for its
+stacks, and the end by SIGKILL, which a stopped process obeys as well. Leaves out the limits (`daemon.stall`) and
+starting again (`daemon.launcher`).
+"""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from daemon.health import PULSE_BYTES, RecordAges, pulse_path
+from daemon.logs import STACKS_FILE
+from daemon.stall import Stall, find_stall, parse_stacks
+
+log = structlog.get_logger("launcher")
+
+_TICK_SECONDS = 0.5
+# How long the ranks have to write their stacks, before they are ended.
+_STACKS_SECONDS = 3.0
+
+
+def rank_processes() -> dict[int, psutil.Process]:
+    """This process's children that are ranks, by rank."""
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            rank = child.environ().get("RANK")
+            if rank is not None and child.status() != psutil.STATUS_ZOMBIE:
+                found[int(rank)] = child
+    return found
+
+
+class GroupWatch:
+    """Watches one group from its start to its end; a context manager around the run.
+
+    `join_seconds` is how long a rank may take until its first record, `silence_seconds` until its next one,
+    `grace_seconds` how long the others may outlive a rank that died.
+    """
+
+    def __init__(
+        self,
+        runtime: Path,
+        world_size: int,
+        *,
+        join_seconds: float,
+        silence_seconds: float,
+        grace_seconds: float,
+    ) -> None:
+        self._runtime = runtime
+        self._world_size = world_size
+        self._join = join_seconds
+        self._silence = silence_seconds
+        self._grace = grace_seconds
+        self._ages = RecordAges()
+        self._records: dict[int, dict[str, Any]] = {}
+        self._first_death: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="group-watch", daemon=True)
+        for rank in range(world_size):
+            pulse_path(runtime, rank).write_bytes(b" " * PULSE_BYTES)
+
+    def __enter__(self) -> "GroupWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read_all()
+
+    @property
+    def jobs_succeeded(self) -> int:
+        """How many jobs the group has finished with a video."""
+        return int(self._records.get(0, {}).get("jobs_succeeded", 0))
+
+    def _run(self) -> None:
+        while not self._stop.wait(_TICK_SECONDS):
+            self._read_all()
+            stall = self._find_stall()
+            if stall is not None:
+                self._end_stalled(stall)
+                return
+            if self._outlived():
+                log.error("survivors_killed", ranks=sorted(kill_ranks()), grace_seconds=self._grace)
+                return
+
+    def _read_all(self) -> None:
+        for rank in range(self._world_size):
+            # A record that is just being written over does not parse; the one before it still counts.
+            with contextlib.suppress(ValueError):
+                self._records[rank] = json.loads(pulse_path(self._runtime, rank).read_bytes())
+
+    def _find_stall(self) -> Stall | None:
+        for rank in range(self._world_size):
+            record = self._records.get(rank)
+            silent = self._ages.silent_seconds(rank, record)
+            if record is not None and record["state"] == "left":
+                continue
+            stall = find_stall(
+                record or {"rank": rank},
+                silent_seconds=silent,
+                silence_limit_seconds=self._join if record is None else self._silence,
+            )
+            if stall is not None:
+                return stall
+        return None
+
+    def _outlived(self) -> bool:
+        """Whether ranks outlive, past the grace, one that ended without having left."""
+        alive = rank_processes()
+        dead = [rank for rank, record in self._records.items() if rank not in alive and record["state"] != "left"]
+        if not dead or not alive:
+            self._first_death = None
+            return False
+        self._first_death = self._first_death or time.monotonic()
+        return time.monotonic() - self._first_death > self._grace
+
+    def _end_stalled(self, stall: Stall) -> None:
+        shown = {key: value for key, value in asdict(stall).items() if key != "rank"}
+        log.error("stalled", stalled_rank=stall.rank, **shown)
+        processes = rank_processes()
+        files = {rank: self._runtime / STACKS_FILE.format(rank=rank) for rank in processes}
+        for rank, process in processes.items():
+            # Before the file is there the signal would end the process. A stopped one must run to answer.
+            if files[rank].exists():
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGUSR2)
+                    process.send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + _STACKS_SECONDS
+        sizes: dict[int, int] = {}
+        while time.monotonic() < deadline:
+            before, sizes = sizes, {rank: file.stat().st_size for rank, file in files.items() if file.exists()}
+            if sizes == before and all(sizes.values()):
+                break
+            time.sleep(0.2)  # a file that is being written offers no event to wait for
+        for rank, file in sorted(files.items()):
+            trace = file.read_text(errors="backslashreplace") if file.exists() else ""
+            record = {key: value for key, value in self._records.get(rank, {}).items() if key != "rank"}
+            log.error(
+                "rank_stacks", of_rank=rank, of_pid=processes[rank].pid, threads=parse_stacks(trace), record=record
+            )
+        log.error("group_killed", ranks=sorted(kill_ranks()))
+
+
+def kill_ranks() -> list[int]:
+    """Ends every rank at once; SIGKILL, because a hung or stopped one heeds nothing else. Returns which."""
+    processes = rank_processes()
+    for process in processes.values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return list(processes)
