@@ -6,13 +6,15 @@ group, the tensors over the default group, bit for bit. The peers need no text e
 Leaves out how the job's inputs were opened (`parallel.inputs`) and the denoising (`parallel.denoise`).
 """
 
+import contextlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.wan_video import (
     WanVideoPipeline,
     WanVideoUnit_CfgMerger,
@@ -23,6 +25,8 @@ from diffsynth.pipelines.wan_video import (
 )
 
 from parallel.outcome import PreparationError, outcome_of
+from parallel.packing import Packing, describe_tensor, rebuild
+from parallel.vae import Tiles, encode_shared
 from parallel.world import World
 
 # DiffSynth's units that are not run: splitting the sequence, caching steps and the two branches are ours.
@@ -31,7 +35,7 @@ _NOT_RUN = (WanVideoUnit_UnifiedSequenceParallel, WanVideoUnit_TeaCache, WanVide
 # Arguments of `__call__` that never reach the units as shared inputs, as in its body.
 _PROMPTS = {"positive": ("prompt", "vap_prompt"), "negative": ("negative_prompt", "negative_vap_prompt")}
 _BOTH = ("tea_cache_l1_thresh", "tea_cache_model_id", "num_inference_steps")
-_OF_THE_LOOP = ("self", "switch_DiT_boundary", "progress_bar_cmd", "output_type")
+_OF_THE_LOOP = ("switch_DiT_boundary", "progress_bar_cmd", "output_type")
 
 # What the ranks are given: what the DiT takes, and what the steps and the decoding need beside it.
 _KEPT = frozenset(inspect.signature(model_fn_wan_video).parameters) - {
@@ -80,18 +84,25 @@ class PromptCache:
 
 @torch.no_grad()
 def prepare_conditions(
-    pipeline: WanVideoPipeline, arguments: Mapping[str, Any], world: World, *, prompts: PromptCache
+    pipeline: WanVideoPipeline,
+    arguments: Mapping[str, Any],
+    world: World,
+    *,
+    prompts: PromptCache,
+    share_vae: bool = True,
 ) -> Conditions:
     """Called by every rank; `arguments` (of `WanVideoPipeline.__call__`) count on rank 0 alone.
 
-    Sets the scheduler's timesteps on every rank. Raises on rank 0 whatever DiffSynth and torch raise, ValueError
+    With `share_vae` every rank has the VAE and encodes its part of what the units give it. Sets the scheduler's
+    timesteps on every rank. Raises on rank 0 whatever DiffSynth and torch raise, ValueError
     for an argument that `__call__` does not have; then PreparationError on every peer.
     """
     if world.rank != 0:
-        return _receive(pipeline, world)
+        return _assist(pipeline, world)
     try:
-        conditions = _run_units(pipeline, arguments, prompts)
-        packing = _Packing()
+        with _shared_encoding(pipeline.vae, world) if share_vae else contextlib.nullcontext():
+            conditions = _run_units(pipeline, arguments, prompts)
+        packing = Packing()
         described = packing.describe([conditions.shared, conditions.positive, conditions.negative])
         tensors = [tensor.to(pipeline.device) for tensor in packing.tensors]
     except Exception as error:
@@ -102,7 +113,7 @@ def prepare_conditions(
     world.broadcast_json(
         {
             "conditions": described,
-            "tensors": [_describe_tensor(tensor) for tensor in packing.tensors],
+            "tensors": [describe_tensor(tensor) for tensor in packing.tensors],
             "reference_length": conditions.reference_length,
         }
     )
@@ -111,9 +122,9 @@ def prepare_conditions(
 
 
 def call_defaults() -> dict[str, Any]:
-    """The default arguments of `WanVideoPipeline.__call__`, without those of its own loop."""
+    """The default arguments of `WanVideoPipeline.__call__`."""
     parameters = inspect.signature(WanVideoPipeline.__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in _OF_THE_LOOP}
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
 def unit_inputs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -128,8 +139,8 @@ def unit_inputs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     values = known | dict(arguments)
     positive = {name: values[name] for name in (*_PROMPTS["positive"], *_BOTH)} | {"positive": True}
     negative = {name: values[name] for name in (*_PROMPTS["negative"], *_BOTH)} | {"positive": False}
-    of_a_branch = {*_BOTH, *_PROMPTS["positive"], *_PROMPTS["negative"]}
-    shared = {name: value for name, value in values.items() if name not in of_a_branch}
+    not_shared = {*_BOTH, *_PROMPTS["positive"], *_PROMPTS["negative"], *_OF_THE_LOOP}
+    shared = {name: value for name, value in values.items() if name not in not_shared}
     return shared, positive, negative
 
 
@@ -166,10 +177,58 @@ class _CachedPromptEmbedder(WanVideoUnit_PromptEmbedder):  # type: ignore[misc] 
         return {"context": self._prompts.embed(prompt, encode)}
 
 
-def _receive(pipeline: WanVideoPipeline, world: World) -> Conditions:
-    message = world.broadcast_json()
-    if "failed" in message:
-        raise PreparationError(message["failed"], message["message"])
+@contextlib.contextmanager
+def _shared_encoding(vae: WanVideoVAE, world: World) -> Iterator[None]:
+    """On rank 0: within the block every `vae.encode` calls the peers, who wait in `_assist`."""
+
+    def encode(
+        videos: Iterable[torch.Tensor],
+        device: torch.device,
+        tiled: bool = False,
+        tile_size: tuple[int, int] = (34, 34),
+        tile_stride: tuple[int, int] = (18, 16),
+    ) -> torch.Tensor:
+        made = []
+        tiles = Tiles(tile_size, tile_stride) if tiled else None
+        for each in videos:
+            video = each.unsqueeze(0).to(device)
+            if tiles is not None:
+                tiles = tiles.scaled(vae.upsampling_factor)  # again for each video, as DiffSynth does
+            request = describe_tensor(video) | {"tiles": tiles and [tiles.size, tiles.stride]}
+            world.broadcast_json({"encode": request})
+            latents = encode_shared(vae, video, video.shape, world, dtype=video.dtype, tiles=tiles)
+            assert latents is not None
+            made.append(latents.squeeze(0))
+        return torch.stack(made)
+
+    vae.encode = encode
+    try:
+        yield
+    finally:
+        del vae.encode
+
+
+def _assist(pipeline: WanVideoPipeline, world: World) -> Conditions:
+    """On the peers: encodes with rank 0 for as long as it asks, until it sends the conditions or fails."""
+    while True:
+        match world.broadcast_json():
+            case {"encode": {"shape": shape, "dtype": dtype, "tiles": tiles}}:
+                pipeline.load_models_to_device(["vae"])
+                encode_shared(
+                    pipeline.vae,
+                    None,
+                    shape,
+                    world,
+                    dtype=getattr(torch, dtype),
+                    tiles=Tiles(*map(tuple, tiles)) if tiles else None,
+                )
+            case {"failed": code, "message": message}:
+                raise PreparationError(code, message)
+            case {"conditions": _} as message:
+                return _receive(message, pipeline, world)
+
+
+def _receive(message: Mapping[str, Any], pipeline: WanVideoPipeline, world: World) -> Conditions:
     tensors = [
         torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device=pipeline.device)
         for tensor in message["tensors"]
@@ -179,7 +238,7 @@ def _receive(pipeline: WanVideoPipeline, world: World) -> Conditions:
         received.cpu() if tensor["on_host"] else received
         for received, tensor in zip(tensors, message["tensors"], strict=True)
     ]
-    shared, positive, negative = _rebuild(message["conditions"], placed)
+    shared, positive, negative = rebuild(message["conditions"], placed)
     _set_timesteps(pipeline, shared)
     return Conditions(shared=shared, positive=positive, negative=negative, reference_length=message["reference_length"])
 
@@ -196,50 +255,3 @@ def _kept(inputs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in inputs.items()
         if name in _KEPT and value is not None
     }
-
-
-class _Packing:
-    """Describes nested values as JSON and collects their tensors, each once however often it is named."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self._places: dict[int, int] = {}
-
-    def describe(self, value: Any) -> Any:
-        match value:
-            case torch.Tensor():
-                if id(value) not in self._places:
-                    self._places[id(value)] = len(self.tensors)
-                    self.tensors.append(value)
-                return {"tensor": self._places[id(value)]}
-            case dict():
-                return {"dict": {name: self.describe(item) for name, item in value.items()}}
-            case list():
-                return {"list": [self.describe(item) for item in value]}
-            case tuple():
-                return {"tuple": [self.describe(item) for item in value]}
-            case None | bool() | int() | float() | str():
-                return {"plain": value}
-            case _:
-                raise TypeError(f"a {type(value).__name__} cannot be given to the other ranks")
-
-
-def _rebuild(described: Mapping[str, Any], tensors: list[torch.Tensor]) -> Any:
-    match described:
-        case {"tensor": int(index)}:
-            return tensors[index]
-        case {"dict": dict(items)}:
-            return {name: _rebuild(item, tensors) for name, item in items.items()}
-        case {"list": list(items)}:
-            return [_rebuild(item, tensors) for item in items]
-        case {"tuple": list(items)}:
-            return tuple(_rebuild(item, tensors) for item in items)
-        case {"plain": value}:
-            return value
-        case _:
-            raise ValueError(f"a description of another form: {described!r:.200}")
-
-
-def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"shape": list(tensor.shape), "dtype": dtype, "on_host": tensor.device.type == "cpu"}

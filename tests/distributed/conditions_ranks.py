@@ -1,4 +1,4 @@
-"""Prepares conditions on every rank and reports what each holds: -m tests.distributed.conditions_ranks MODELS FOLDER.
+"""Prepares conditions on two ranks and reports what each holds: -m tests.distributed.conditions_ranks MODELS FOLDER
 
 Writes `FOLDER/rank-N.json`. Rank 0 also records what DiffSynth's own `__call__` gives its model function.
 """
@@ -21,6 +21,7 @@ from parallel.outcome import outcome_of
 from parallel.plan import Shutdown
 from parallel.profile import check_model_folder, load_profile
 from parallel.world import World, join, read_launch
+from tests.distributed.forked import run_ranks
 
 SHAPE = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 4}
 PROMPTS = {"prompt": "a red fox runs through snow", "negative_prompt": "blurry"}
@@ -45,10 +46,25 @@ def main() -> None:
     ):
         pipeline = load(models, model, dtype, world)
         cache = PromptCache()
-        made = prepare_conditions(pipeline, arguments | {"seed": 5} if world.rank == 0 else {}, world, prompts=cache)
+        given = arguments | {"seed": 5} if world.rank == 0 else {}
+        made = prepare_conditions(pipeline, given, world, prompts=cache, share_vae=False)
         report[name] = digests(made) | {"timesteps": pipeline.scheduler.timesteps.tolist()}
         if world.rank == 0:
-            report[f"{name}-expected"] = recorded(pipeline, arguments | {"seed": 5})
+            report[f"{name}-expected"] = digests_of_calls(record(pipeline, given))
+            report[f"{name}-expected"]["timesteps"] = pipeline.scheduler.timesteps.tolist()
+    shared: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("whole", PROMPTS | SHAPE | {"input_image": image, "tiled": False}),
+        ("tiled", PROMPTS | SHAPE | {"input_image": image, "tile_size": (5, 7), "tile_stride": (3, 4)}),
+    )
+    for name, changed in shared:
+        pipeline = load(models, "tiny-i2v", "float32", world, keep_vae=True)
+        given = changed | {"seed": 5} if world.rank == 0 else {}
+        made = prepare_conditions(pipeline, given, world, prompts=PromptCache())
+        report[name] = digests(made)
+        if world.rank == 0:
+            expected = record(pipeline, given)[0]["y"]
+            report[f"{name}-error"] = float((made.shared["y"] - expected).abs().max())
+            report[f"{name}-scale"] = float(expected.abs().max())
     report["encoder_runs"] = encoder_runs(models, world)
     report["failures"] = failures(models, world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
@@ -57,11 +73,11 @@ def main() -> None:
 
 
 @functools.cache
-def load(models: Path, name: str, dtype: str, world: World) -> WanVideoPipeline:
+def load(models: Path, name: str, dtype: str, world: World, *, keep_vae: bool = False) -> WanVideoPipeline:
     """The pipeline, on the peers without what they must not need."""
     model = load_model(check_model_folder(load_profile(name), models / name), world=world, dtype=dtype)
     if world.rank != 0:
-        for part in ("text_encoder", "image_encoder", "tokenizer", "vae"):
+        for part in ("text_encoder", "image_encoder", "tokenizer", *(() if keep_vae else ("vae",))):
             setattr(model.pipeline, part, None)
     return model.pipeline
 
@@ -78,27 +94,33 @@ def digest(value: Any) -> Any:
     return [str(value.dtype), list(value.shape), hashlib.sha256(bits).hexdigest()]
 
 
-def recorded(pipeline: WanVideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What plain DiffSynth gives its model function in the first step, for both branches."""
+def record(pipeline: WanVideoPipeline, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What plain DiffSynth gives its model function in the first step, for each branch."""
     calls: list[dict[str, Any]] = []
 
-    def record(**inputs: Any) -> torch.Tensor:
+    def model_fn(**inputs: Any) -> torch.Tensor:
         calls.append(inputs)
         if len(calls) == (1 if arguments.get("cfg_scale") == 1.0 else 2):
             raise Recorded
         return torch.zeros_like(inputs["latents"])
 
-    own, pipeline.model_fn = pipeline.model_fn, record
+    own, pipeline.model_fn = pipeline.model_fn, model_fn
     try:
         pipeline(**arguments, progress_bar_cmd=lambda timesteps: timesteps)
     except Recorded:
         pass
     finally:
         pipeline.model_fn = own
-    names = ("positive", "negative")
-    made = {f"{branch}.{name}": digest(value) for branch, call in zip(names, calls, strict=False)
-            for name, value in call.items() if isinstance(value, torch.Tensor)}  # fmt: skip
-    return made | {"timesteps": pipeline.scheduler.timesteps.tolist()}
+    return calls
+
+
+def digests_of_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{branch}.{name}": digest(value)
+        for branch, call in zip(("positive", "negative"), calls, strict=False)
+        for name, value in call.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def encoder_runs(models: Path, world: World) -> list[int]:
@@ -122,7 +144,7 @@ def encoder_runs(models: Path, world: World) -> list[int]:
         ("a cat", "blurry", 5.0),  # 1 more
     ):
         arguments = SHAPE | {"prompt": prompt, "negative_prompt": negative, "cfg_scale": cfg_scale, "seed": 5}
-        prepare_conditions(pipeline, arguments if world.rank == 0 else {}, world, prompts=cache)
+        prepare_conditions(pipeline, arguments if world.rank == 0 else {}, world, prompts=cache, share_vae=False)
         runs.append(count)
     return runs
 
@@ -134,13 +156,15 @@ def failures(models: Path, world: World) -> list[Any]:
     good = PROMPTS | SHAPE | {"seed": 5}
     for bad in ({"input_image": "no image"}, {"no_such_argument": 1}, {"seed": "many"}):
         try:
-            prepare_conditions(pipeline, good | bad if world.rank == 0 else {}, world, prompts=PromptCache())
+            prepare_conditions(
+                pipeline, good | bad if world.rank == 0 else {}, world, prompts=PromptCache(), share_vae=False
+            )
         except Exception as error:  # noqa: BLE001  whatever it is, is the subject
             outcome = outcome_of(error, world.rank)
             outcomes.append([outcome.code, outcome.message])
-    made = prepare_conditions(pipeline, good if world.rank == 0 else {}, world, prompts=PromptCache())
+    made = prepare_conditions(pipeline, good if world.rank == 0 else {}, world, prompts=PromptCache(), share_vae=False)
     return [*outcomes, digest(made.shared["latents"])]
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(2, main)

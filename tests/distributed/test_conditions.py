@@ -14,10 +14,8 @@ import pytest
 def reports(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's report of one run on two ranks, by rank."""
     folder = tmp_path_factory.mktemp("conditions")
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    module = ["-m", "tests.distributed.conditions_ranks", str(models), str(folder)]
     done = subprocess.run(
-        [torchrun, "--nproc-per-node", "2", *module],
+        [sys.executable, "-m", "tests.distributed.conditions_ranks", str(models), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -53,6 +51,14 @@ def test_they_are_what_diffsynth_gives_its_dit(case: str, reports: list[dict[str
         }
         assert given == {name: of_call[name] for name in given}
         assert set(of_call) - set(given) <= {"noise", "timestep"}
+
+
+def test_shared_encoding_is_diffsynths(reports: list[dict[str, Any]]) -> None:
+    """An image encoded by both ranks: whole frames up to rounding, tiles bit for bit."""
+    assert [reports[1][name] for name in ("whole", "tiled")] == [reports[0][name] for name in ("whole", "tiled")]
+    assert reports[0]["whole-scale"] > 0.1
+    assert reports[0]["whole-error"] <= 1e-5
+    assert reports[0]["tiled-error"] == 0.0
 
 
 def test_a_known_text_is_not_encoded_again(reports: list[dict[str, Any]]) -> None:
