@@ -238,9 +238,9 @@ def topology_check(config: ConfigOption = None) -> None:
 
 @app.command("tiny-model")
 def tiny_model(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the two model folders into.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the model folders into.")],
 ) -> None:
-    """Write the tiny Wan models (text-to-video, image-to-video): real layouts, random weights, a few MB.
+    """Write the tiny Wan models, one for each task: real layouts, random weights, some MB each.
 
     Example:
 

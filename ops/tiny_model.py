@@ -13,11 +13,11 @@ from pathlib import Path
 from ops.failure import CommandFailedError
 from parallel.profile import ModelFolderError, check_model_folder, load_profile
 
-NAMES = ("tiny-t2v", "tiny-i2v")
+NAMES = ("tiny-t2v", "tiny-i2v")  # what the demo runs
 
 
 def write(directory: Path) -> list[Path]:
-    """Writes both model folders into `directory` and returns their paths."""
+    """Writes every tiny model's folder into `directory` and returns their paths."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _quiet():
@@ -30,7 +30,7 @@ def write(directory: Path) -> list[Path]:
 
 
 def is_there(directory: Path) -> bool:
-    """Whether both folders are there and whole."""
+    """Whether the demo's two folders are there and whole."""
     try:
         for name in NAMES:
             check_model_folder(load_profile(name), directory / name)

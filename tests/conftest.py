@@ -30,7 +30,7 @@ def vhost(broker: PrivateBroker) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the tiny models, written once a run, in a process of its own: it needs torch."""
+    """The folder with every tiny model, written once a run, in a process of its own: it needs torch."""
     folder = tmp_path_factory.mktemp("models")
     script = "import sys; from pathlib import Path; from parallel.tiny import write_tiny_model; "
     script += "write_tiny_model(Path(sys.argv[1]))"

@@ -4,10 +4,12 @@ The layouts come from DiffSynth's own classes and registry, on the meta device; 
 and then a hole.
 """
 
+import functools
 import importlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from diffsynth.models.wan_video_image_encoder import clip_xlm_roberta_vit_h_14
 
 from parallel.layouts import Layout
 from parallel.profile import ModelPart, ModelProfile
-from parallel.tiny import textual_layout
+from parallel.tiny import audio_encoder_layout, textual_layout
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
@@ -28,6 +30,8 @@ MODEL_NAMES = {
     "text_encoder": "wan_video_text_encoder",
     "vae": "wan_video_vae",
     "image_encoder": "wan_video_image_encoder",
+    "audio_encoder": "wans2v_audio_encoder",
+    "motion_controller": "wan_video_motion_controller",
 }
 
 
@@ -40,18 +44,30 @@ def registry_entry(part: ModelPart) -> dict[str, Any]:
 
 def published_layout(part: ModelPart) -> Layout:
     """The names and shapes in the published file: the model's, with DiffSynth's conversion undone."""
+    return dict(_published_layout(replace(part, files=(), source="")))
+
+
+@functools.cache  # many profiles have the same encoder and VAE
+def _published_layout(part: ModelPart) -> Layout:
     entry = registry_entry(part)
     if part.role == "image_encoder":
         # `WanImageEncoder()` insists on the CPU: 632 million random numbers. This is its inside.
         clip = clip_xlm_roberta_vit_h_14(device="meta")
         textual = textual_layout(vocab_size=250002, max_text_len=514, dim=1024, num_layers=24, out_dim=1024)
         return _shapes(clip) | textual
-    module, _, name = entry["model_class"].rpartition(".")
-    with torch.device("meta"):
-        model = getattr(importlib.import_module(module), name)(**entry.get("extra_kwargs", {}))
+    model = _on_meta(entry)
     if part.role == "vae":
         return {name.removeprefix("model."): shape for name, shape in _shapes(model).items()}
-    return _shapes(model)
+    if part.role == "audio_encoder":
+        return audio_encoder_layout(model.model)
+    vace = [each for each in MODEL_CONFIGS if each["model_hash"] == part.model_hash and "vace" in each["model_name"]]
+    return _shapes(model) | (_shapes(_on_meta(vace[0])) if vace else {})
+
+
+def _on_meta(entry: dict[str, Any]) -> Any:
+    module, _, name = entry["model_class"].rpartition(".")
+    with torch.device("meta"):
+        return getattr(importlib.import_module(module), name)(**entry.get("extra_kwargs", {}))
 
 
 def _shapes(model: torch.nn.Module) -> Layout:
@@ -85,8 +101,9 @@ def write_sparse_folder(profile: ModelProfile, folder: Path) -> Path:
             before += math.prod(shape)
         for file, shard in zip(part.files, shards, strict=True):
             write_sparse(folder / file, shard)
-    tokenizer = folder / profile.tokenizer
-    tokenizer.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tokenizer / name).write_text("{}")
+    for place in (profile.tokenizer, profile.audio_processor):
+        if place is not None:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "vocab.json"):
+                (folder / place / name).write_text("{}")
     return folder
