@@ -20,7 +20,7 @@ from parallel.model import load_model
 from parallel.outcome import outcome_of
 from parallel.plan import Shutdown
 from parallel.profile import check_model_folder, load_profile
-from parallel.world import World, join, read_launch
+from parallel.world import COALESCED_BYTES, World, join, read_launch
 from tests.distributed.forked import run_ranks
 
 SHAPE = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 4}
@@ -65,6 +65,7 @@ def main() -> None:
             expected = record(pipeline, given)[0]["y"]
             report[f"{name}-error"] = float((made.shared["y"] - expected).abs().max())
             report[f"{name}-scale"] = float(expected.abs().max())
+    report["tensors"] = broadcast(world)
     report["encoder_runs"] = encoder_runs(models, world)
     report["failures"] = failures(models, world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
@@ -121,6 +122,21 @@ def digests_of_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in call.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def broadcast(world: World) -> list[Any]:
+    """Tensors of many kinds after they were broadcast: one too large to travel with the others, and odd ones."""
+    torch.manual_seed(world.rank)
+    tensors = [
+        torch.randn(COALESCED_BYTES // 4 + 1),
+        torch.randn(3, 5).to(torch.bfloat16),
+        torch.randn(7) > 0,
+        torch.randint(100, ()),
+        torch.empty(0, 4),
+        torch.randn(2, 2, dtype=torch.float64),
+    ]
+    world.broadcast_tensors(tensors)
+    return [digest(tensor) for tensor in tensors]
 
 
 def encoder_runs(models: Path, world: World) -> list[int]:

@@ -53,6 +53,12 @@ def test_they_are_what_diffsynth_gives_its_dit(case: str, reports: list[dict[str
         assert set(of_call) - set(given) <= {"noise", "timestep"}
 
 
+def test_tensors_of_every_kind_are_broadcast(reports: list[dict[str, Any]]) -> None:
+    """Large ones on their own, small ones of different dtypes together, empty ones and scalars too."""
+    assert reports[1]["tensors"] == reports[0]["tensors"]
+    assert len(set(map(str, reports[0]["tensors"]))) == 6
+
+
 def test_shared_encoding_is_diffsynths(reports: list[dict[str, Any]]) -> None:
     """An image encoded by both ranks: whole frames up to rounding, tiles bit for bit."""
     assert [reports[1][name] for name in ("whole", "tiled")] == [reports[0][name] for name in ("whole", "tiled")]
