@@ -175,6 +175,10 @@ class Config(BaseSettings):
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    memory: Literal["resident", "encoder_offload", "fsdp", "vram_limit"] = Field(
+        "resident", description="where the weights are; docs/memory.md says what each costs"
+    )
+    vram_limit_gib: float | None = Field(None, gt=0, description="with memory = vram_limit: how full the GPU may be")
     heartbeat_seconds: float = Field(5, gt=0, le=60)
     work_directory: Path = Field(Path("/var/lib/reeld/work"), description="staged inputs; shared between nodes")
     broker: BrokerConfig = BrokerConfig()

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
 from daemon.topology import Topology, apply_topology, check_topology, topology_of
 from parallel.engine import memory_bytes
+from parallel.loading import ReadError, Throttled
 from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
 from parallel.profile import ModelFiles
+from parallel.strategy import MemorySettings
 from parallel.world import HealthBoard, Launch, World, join, read_launch
 
 log = structlog.get_logger("process")
@@ -41,6 +44,7 @@ log = structlog.get_logger("process")
 # Set by `reeld run`. Then SIGUSR1 means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
 # the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
+_LOADING_LOG_SECONDS = 5.0
 
 
 def run_rank(config: Config) -> int:
@@ -76,16 +80,32 @@ def run_rank(config: Config) -> int:
 def _load(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> Mapping[str, LoadedModel]:
     models: dict[str, LoadedModel] = {}
     for each in files:
-        state.set("loading", phase="load", work=each.profile.name)
+        name = each.profile.name
+        state.set("loading", phase="load", work=name)
         begun = time.monotonic()
+        told = Throttled(partial(_log_loading, name), interval_seconds=_LOADING_LOG_SECONDS)
+
+        def progress(done_bytes: int, total_bytes: int, name: str = name, told: Throttled = told) -> None:
+            state.set("loading", phase="load", work=name, step=done_bytes, steps=total_bytes)
+            told(done_bytes, total_bytes)
+
         try:
-            models[each.profile.name] = load_model(
-                each, world=world, dtype=config.dtype, lora_cache_bytes=config.lora_cache_bytes
+            models[name] = load_model(
+                each,
+                world=world,
+                dtype=config.dtype,
+                memory=MemorySettings(config.memory, config.vram_limit_gib),
+                lora_cache_bytes=config.lora_cache_bytes,
+                progress=progress,
             )
-        except ValueError as error:
+        except (ValueError, ReadError) as error:
             raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
-        log.info("model_loaded", model=each.profile.name, seconds=round(time.monotonic() - begun, 3))
+        log.info("model_loaded", model=name, memory=config.memory, seconds=round(time.monotonic() - begun, 3))
     return models
+
+
+def _log_loading(model: str, done_bytes: int, total_bytes: int) -> None:
+    log.info("loading", model=model, done_bytes=done_bytes, total_bytes=total_bytes)
 
 
 def _follow(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> int:

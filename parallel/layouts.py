@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 Shape = tuple[int, ...]
@@ -26,6 +27,17 @@ _DTYPE_BYTES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: the bytes `begin` to `end` of its file. `dtype` is the format's own name, like BF16."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    begin: int
+    end: int
+
+
 class LayoutError(Exception):
     """Raised when a file is not a whole safetensors file; one line that names it and says what to do."""
 
@@ -40,7 +52,12 @@ def hash_layout(layout: Mapping[str, Shape]) -> str:
 
 
 def read_layout(path: Path) -> Layout:
-    """Names and shapes of the tensors of a safetensors file, after checking that all their bytes are there.
+    """Names and shapes of the tensors of a safetensors file; raises what `read_tensors` raises."""
+    return {tensor.name: tensor.shape for tensor in read_tensors(path)}
+
+
+def read_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file in the header's order, after checking that all their bytes are there.
 
     The format: https://huggingface.co/docs/safetensors/index#format. Raises `LayoutError`, or `OSError` for a
     file that cannot be read.
@@ -63,11 +80,13 @@ def read_layout(path: Path) -> Layout:
     if size != expected:
         fault = "truncated" if size < expected else "too long"
         raise LayoutError(f"{path}: {fault}, {size} bytes instead of {expected}; copy or download it again")
-    return {name: shape for name, shape, _, _ in tensors}
+    return [
+        StoredTensor(t.name, t.dtype, t.shape, 8 + header_bytes + t.begin, 8 + header_bytes + t.end) for t in tensors
+    ]
 
 
-def _header_tensors(header: dict[str, dict[str, object]]) -> Iterator[tuple[str, Shape, int, int]]:
-    """Name, shape and the two offsets of each tensor; a malformed header raises some built-in error."""
+def _header_tensors(header: dict[str, dict[str, object]]) -> Iterator[StoredTensor]:
+    """Each tensor, with offsets that count from the header's end; a malformed header raises some built-in error."""
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -75,16 +94,16 @@ def _header_tensors(header: dict[str, dict[str, object]]) -> Iterator[tuple[str,
         begin, end = (_count(n) for n in _list(entry["data_offsets"]))
         if end - begin != math.prod(shape) * _DTYPE_BYTES[str(entry["dtype"])]:
             raise ValueError(f"{name}: the bytes do not fit the shape")
-        yield name, shape, begin, end
+        yield StoredTensor(name, str(entry["dtype"]), shape, begin, end)
 
 
-def _data_bytes(tensors: list[tuple[str, Shape, int, int]]) -> int:
+def _data_bytes(tensors: list[StoredTensor]) -> int:
     """Where the data ends; the tensors must lie side by side, without holes."""
     position = 0
-    for name, _, begin, end in sorted(tensors, key=lambda tensor: tensor[2:]):
-        if begin != position:
-            raise ValueError(f"{name}: does not begin where the tensor before it ends")
-        position = end
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != position:
+            raise ValueError(f"{tensor.name}: does not begin where the tensor before it ends")
+        position = tensor.end
     return position
 
 

@@ -159,10 +159,11 @@ class LoraWeights:
         for key in sorted(self._changed | parts.keys()):
             layer = self._layers[key[0]][key[1]]
             if isinstance(layer, AutoWrappedLinear):
-                failed = failed or _hot_load(layer, parts.get(key, ()), self._world.device)
+                failed = _hot_load(layer, parts.get(key, ()), self._world.device) or failed
+                self._changed = self._changed | {key} if key in parts else self._changed - {key}
                 continue
             weight = layer.weight.data
-            local, rows = _local_part(weight)
+            local, rows = local_part(weight)
             # A sharded weight differs from rank to rank; a whole one is the same on all, so each keeps a part of it.
             whole = not isinstance(weight, DTensor)
             share = _Share(self._world.rank, self._world.world_size) if whole else _Share(0, 1)
@@ -264,7 +265,7 @@ def _describe(factors: _Factors) -> list[Any]:
     return [list(factors.up.shape), list(factors.down.shape), dtype, factors.alpha]
 
 
-def _local_part(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
+def local_part(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
     """This rank's rows of a weight (all of them where it is whole), and which they are."""
     if not isinstance(weight, DTensor):
         return weight, slice(0, weight.shape[0])

@@ -1,23 +1,39 @@
 """A loaded model: DiffSynth's own pipeline, from a folder that its profile has checked.
 
-Owns loading through DiffSynth's loader, and what must be changed in the pipeline for several ranks. Leaves
-out the check of the folder (`parallel.profile`) and the generation (`parallel.engine`).
+Owns which rank holds which part, in which memory, under the strategy that the configuration names (docs/memory.md),
+and what must be changed in the pipeline for several ranks. Leaves out the check of the folder (`profile.py`), building
+and reading (`parts.py`, `loading.py`) and the generation (`engine.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffsynth.core import ModelConfig
+from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from torch.distributed.tensor import DTensor
+from transformers import Wav2Vec2Processor
 
 from parallel.attention import enable_ulysses
-from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights
+from parallel.layouts import StoredTensor, read_tensors
+from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
+from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
+from parallel.offload import OffloadedModels
+from parallel.parts import ATTRIBUTES, BuiltModel, build_models
 from parallel.plan import ParallelDegrees, resolve_degrees
 from parallel.profile import ModelFiles
+from parallel.sharding import shard_blocks, warm_up_sharding
+from parallel.strategy import MemorySettings
 from parallel.tiny_registry import register_tiny_models
+from parallel.vram import MANAGED, ManagedModels, manage_model
 from parallel.world import World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
+# What the peers do without.
+_ON_RANK_0_ONLY: tuple[str, ...] = ()
+_DITS = ("dit", "dit2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +47,135 @@ class LoadedModel:
 
 
 def load_model(
-    files: ModelFiles, *, world: World, dtype: str, lora_cache_bytes: int = DEFAULT_CACHE_BYTES
+    files: ModelFiles,
+    *,
+    world: World,
+    dtype: str,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008  frozen
+    lora_cache_bytes: int = DEFAULT_CACHE_BYTES,
+    progress: Progress = lambda _done, _total: None,
 ) -> LoadedModel:
-    """Called by every rank. Loads the model onto the rank's device.
+    """Called by every rank. Loads the model under the memory strategy; the ranks read each file once together.
 
-    Raises ValueError when the model cannot be split over the ranks, or when DiffSynth does not know the
-    files.
+    Raises ValueError when the model cannot be split over the ranks, when the strategy cannot work there, or when
+    DiffSynth does not know the files; ReadError when one cannot be read.
     """
     degrees = resolve_degrees(world_size=world.world_size, num_heads=files.profile.num_heads)
+    memory.check(world_size=world.world_size)
     register_tiny_models()
-    pipeline = WanVideoPipeline.from_pretrained(
-        torch_dtype=DTYPES[dtype],
-        device=world.device,
-        model_configs=[
-            ModelConfig(path=[str(path) for path in paths] if len(paths) > 1 else str(paths[0]))
-            for paths in files.paths.values()
-        ],
-        tokenizer_config=ModelConfig(path=str(files.tokenizer)),
-        audio_processor_config=(
-            None if files.audio_processor is None else ModelConfig(path=str(files.audio_processor))
-        ),
-        redirect_common_files=False,
-        use_usp=False,  # its initialisation would join the groups again and bind the device last
-    )
+    pipeline = WanVideoPipeline(device=world.device, torch_dtype=DTYPES[dtype])
+    loader = _Loader(pipeline, world, memory)
+    for part in files.profile.parts:
+        tensors = {path: read_tensors(path) for path in files.paths[part.role]}
+        layout = {tensor.name: tensor.shape for each in tensors.values() for tensor in each}
+        for built in build_models(part, layout):
+            loader.place(built, stored_by_name(tensors))
+    load_tensors(loader.wanted(), world, progress=progress)
+    loader.finish()
+    _complete(pipeline, files, world)
+    dits = {name: dit for name in _DITS if (dit := getattr(pipeline, name)) is not None}
+    loras = LoraWeights(dits, world, cache_bytes=lora_cache_bytes)
+    return LoadedModel(files=files, pipeline=pipeline, degrees=degrees, loras=loras)
+
+
+class _Loader:
+    """Puts built models into the pipeline, with memory for their weights, and then the weights into that."""
+
+    def __init__(self, pipeline: WanVideoPipeline, world: World, memory: MemorySettings) -> None:
+        self._pipeline = pipeline
+        self._world = world
+        self._memory = memory
+        self._dtype: torch.dtype = pipeline.torch_dtype
+        self._wanted: dict[tuple[Path, str], tuple[StoredTensor, bool, list[Destination]]] = {}
+        self._finish: list[Callable[[], None]] = []
+        self._offloaded: dict[str, torch.nn.Module] = {}
+        self._managed: dict[str, torch.nn.Module] = {}
+
+    def place(self, built: BuiltModel, stored: dict[str, tuple[Path, StoredTensor]]) -> None:
+        """Gives a model its place in the pipeline and memory on this rank, or none where it is not needed."""
+        attribute = next((name for name in ATTRIBUTES[built.model_name] if getattr(self._pipeline, name) is None), None)
+        if attribute is None:
+            raise ValueError(f"more than {len(ATTRIBUTES[built.model_name])} models are a {built.model_name}")
+        alone = attribute in _ON_RANK_0_ONLY
+        if alone and self._world.rank != 0:
+            return
+        module = built.module.eval().requires_grad_(False).to(dtype=self._dtype)
+        on_host = self._stays_on_host(attribute)
+        device = torch.device("cpu") if on_host else self._world.device
+        if self._memory.strategy == "fsdp" and attribute in _DITS and self._world.world_size > 1:
+            blocks = list(module.get_submodule("blocks").children())
+            shard_blocks(blocks, self._world)
+            self._finish.append(lambda: warm_up_sharding(blocks))
+        pinned = on_host and self._world.device.type == "cuda"
+        for name, destination in _allocate(module, self._dtype, device, pinned=pinned).items():
+            path, tensor = stored[built.stored_names[name]]
+            entry = self._wanted.setdefault((path, tensor.name), (tensor, not alone, []))
+            entry[2].append(destination)
+        self._finish.append(lambda: self._settle(attribute, built.model_class, module, device))
+        setattr(self._pipeline, attribute, module)
+
+    def wanted(self) -> list[Wanted]:
+        """All that is to be read; the shared ones are the same, and in the same order, on every rank."""
+        return [
+            Wanted(path=path, stored=tensor, shared=shared, destinations=tuple(destinations))
+            for (path, _), (tensor, shared, destinations) in self._wanted.items()
+        ]
+
+    def finish(self) -> None:
+        """After the weights are there: what a strategy does with whole models."""
+        for step in self._finish:
+            step()
+        if self._managed:
+            self._pipeline.load_models_to_device = ManagedModels(self._managed, self._world.device).load
+        else:
+            self._pipeline.load_models_to_device = OffloadedModels(self._offloaded, self._world.device).load
+
+    def _stays_on_host(self, attribute: str) -> bool:
+        return self._manages(attribute) or (attribute in ENCODERS and self._memory.offloads_encoders)
+
+    def _manages(self, attribute: str) -> bool:
+        return self._memory.strategy == "vram_limit" and attribute in MANAGED
+
+    def _settle(self, attribute: str, model_class: str, module: torch.nn.Module, device: torch.device) -> None:
+        for buffer in module.buffers():  # those that are not in the file, computed when it was built
+            if buffer.device != device:
+                buffer.data = buffer.data.to(device)
+        if device == self._world.device and not self._manages(attribute):
+            return
+        if self._memory.strategy == "vram_limit":
+            limit = self._memory.vram_limit_gib if self._world.device.type == "cuda" else None
+            model = manage_model(attribute, model_class, module, self._world.device, limit_gib=limit)
+            setattr(self._pipeline, attribute, model)
+            self._managed[attribute] = model
+        else:
+            self._offloaded[attribute] = module
+
+
+def _allocate(
+    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, *, pinned: bool
+) -> dict[str, Destination]:
+    """Memory for every tensor of the module's state, and where in it the stored elements go."""
+    destinations: dict[str, Destination] = {}
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, DTensor):
+            local, rows = local_part(tensor)
+            row = tensor[0].numel() if tensor.dim() > 1 else 1
+            destinations[name] = Destination(flat=local.view(-1), first=rows.start * row)
+        else:
+            # As DiffSynth does, whatever the stored dtype is.
+            whole[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned)
+            destinations[name] = Destination(flat=whole[name].view(-1))
+    module.load_state_dict(whole, assign=True, strict=False)
+    return destinations
+
+
+def _complete(pipeline: WanVideoPipeline, files: ModelFiles, world: World) -> None:
+    if pipeline.vae is not None:
+        pipeline.height_division_factor = pipeline.width_division_factor = pipeline.vae.upsampling_factor * 2
+    pipeline.tokenizer = HuggingfaceTokenizer(name=str(files.tokenizer), seq_len=512, clean="whitespace")
+    if files.audio_processor is not None:
+        pipeline.audio_processor = Wav2Vec2Processor.from_pretrained(str(files.audio_processor))
     if world.world_size > 1:
         for dit in (pipeline.dit, pipeline.dit2):
             if dit is not None:
@@ -62,9 +184,6 @@ def load_model(
         if world.rank != 0:
             # Only rank 0 needs frames; the others would decode the same latents for nothing.
             pipeline.vae.decode = _no_decode
-    dits = {name: dit for name in ("dit", "dit2") if (dit := getattr(pipeline, name)) is not None}
-    loras = LoraWeights(dits, world, cache_bytes=lora_cache_bytes)
-    return LoadedModel(files=files, pipeline=pipeline, degrees=degrees, loras=loras)
 
 
 def _no_decode(latents: torch.Tensor, **_arguments: object) -> None:
