@@ -74,6 +74,9 @@ class BrokerConfig(Section):
 
 class TopologyConfig(Section):
     apply: bool = Field(False, description="`reeld run` declares the topology itself")
+    patience_seconds: float = Field(
+        60, ge=0, description="how long a topology that broke while serving may stay so before the daemon exits 78"
+    )
     delivery_limit: int = Field(3, ge=1, le=100)
     retry_delays_seconds: tuple[Annotated[int, Field(ge=1, le=86400)], ...] = (10, 60, 300)
     max_length: int | None = Field(None, ge=1, description="most jobs that may wait; more are refused")

@@ -1,12 +1,13 @@
-"""Opening connections to the broker; the one place where pika's connection errors become reeld's.
+"""Connections to the broker: opening them, and noticing that they are dead.
 
-Owns the connection parameters, the translation of errors and the backoff. Leaves out what is done on a
-connection.
+Owns the connection parameters, the translation of pika's errors into reeld's, the backoff, and what pika's own
+connection lacks: a silent peer is noticed within the heartbeat and a few seconds, a wait can have a deadline, and it
+is known whether the broker blocks publishers. Leaves out what is done on a connection.
 """
 
-import socket
+import contextlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -14,15 +15,97 @@ import pika
 import pika.exceptions
 import tenacity
 from pika.adapters.blocking_connection import BlockingConnection
+from pika.adapters.select_connection import SelectConnection
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.heartbeat import HeartbeatChecker
 
 from daemon.config import BrokerConfig
-from daemon.errors import BrokerUnavailableError, ConfigError, CredentialsError
+from daemon.errors import BrokerUnavailableError, ConfigError, CredentialsError, FatalError
 from daemon.tables import install as read_tables_safely
 
 read_tables_safely()
 
 # What pika, TLS and the socket raise for a connection that is lost or cannot be had right now.
 LOST = (pika.exceptions.AMQPError, OSError)
+
+# AMQP's access-refused and not-allowed: what RabbitMQ closes a connection with that it does not want.
+_REFUSALS = (403, 530)
+_ENDED = (pika.exceptions.StreamLostError, pika.exceptions.ConnectionClosedByBroker)
+_TICK_SECONDS = 1.0
+_SILENT_SECONDS = 2
+
+
+class OverdueError(pika.exceptions.AMQPConnectionError):  # type: ignore[misc]  # pika ships no types
+    """Raised when the broker did not answer within a deadline: the connection was dropped."""
+
+
+class _Heartbeat(HeartbeatChecker):  # type: ignore[misc]  # pika ships no types
+    """Looks for silence every second.
+
+    pika's own looks every `timeout + 5` seconds, and a connection that died just after a look goes unnoticed for
+    two such intervals. The broker sends something every half timeout, so silence for longer than the timeout is death.
+    """
+
+    def _start_check_timer(self) -> None:
+        self._update_counters()
+        self._check_timer = self._connection._adapter_call_later(_TICK_SECONDS, self._check_heartbeat)
+
+    @property
+    def connection_is_idle(self) -> bool:
+        return bool(self._idle_byte_intervals * _TICK_SECONDS >= self._timeout + _SILENT_SECONDS)
+
+
+class _LoginLostError(pika.exceptions.AMQPConnectionError):  # type: ignore[misc]  # pika ships no types
+    """Raised when a connection ended before it was open, and the broker did not say that it refuses us."""
+
+
+class _Watched(SelectConnection):  # type: ignore[misc]  # pika ships no types
+    def _on_stream_terminated(self, error: Exception | None) -> None:
+        # pika takes whatever ends a login, a reset or a broker's shutdown too, for a refused password or virtual host.
+        lost = self._error if error is None else error
+        refused = isinstance(lost, pika.exceptions.ConnectionClosedByBroker) and lost.reply_code in _REFUSALS
+        if not self._opened and isinstance(lost, _ENDED) and not refused:
+            error = _LoginLostError(f"ended before the login was through, by {lost!r}")
+        super()._on_stream_terminated(error)
+
+    def _create_heartbeat_checker(self) -> _Heartbeat | None:
+        return _Heartbeat(self, self.params.heartbeat) if self.params.heartbeat else None
+
+
+class Connection(BlockingConnection):  # type: ignore[misc]  # pika ships no types
+    """pika's blocking connection, used by one thread."""
+
+    def __init__(self, parameters: pika.ConnectionParameters) -> None:
+        super().__init__(parameters, _impl_class=_Watched)
+        self.blocked: str | None = None  # why the broker reads nothing that is published here; None: it does
+        # On the inner connection, whose callbacks run in any wait; the outer one's only run in process_data_events.
+        self._impl.add_on_connection_blocked_callback(lambda _connection, frame: self._set_blocked(frame))
+        self._impl.add_on_connection_unblocked_callback(lambda _connection, _frame: self._set_blocked(None))
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Ends a wait within by OverdueError after `seconds`; the time in which the broker blocks does not count."""
+        left = seconds
+        timer: object = None
+
+        def tick() -> None:
+            nonlocal left, timer
+            timer = None
+            left -= 0.0 if self.blocked else _TICK_SECONDS
+            if left > 0:
+                timer = self._impl._adapter_call_later(min(_TICK_SECONDS, left), tick)
+            else:
+                self._impl._terminate_stream(OverdueError(f"no answer from the broker in {seconds:g} s"))
+
+        timer = self._impl._adapter_call_later(min(_TICK_SECONDS, left), tick)
+        try:
+            yield
+        finally:
+            if timer is not None and not self.is_closed:
+                self._impl._adapter_remove_timeout(timer)
+
+    def _set_blocked(self, frame: Any) -> None:
+        self.blocked = None if frame is None else str(frame.method.reason or "no reason given")
 
 
 def redacted(url: str) -> str:
@@ -34,11 +117,11 @@ def redacted(url: str) -> str:
     return urlunsplit((parts.scheme, f"{user}{host}{port}", parts.path, "", ""))
 
 
-def connect(broker: BrokerConfig, *, name: str) -> BlockingConnection:
+def connect(broker: BrokerConfig, *, name: str) -> Connection:
     """Opens a connection once.
 
-    Raises CredentialsError (user, password or virtual host refused), ConfigError (TLS on a plain port or the
-    like) and BrokerUnavailableError (anything that may pass).
+    Raises CredentialsError (user, password or virtual host refused), ConfigError (TLS on a plain port, a certificate
+    that is not trusted) and BrokerUnavailableError (anything that may pass).
     """
     url = broker.resolved_url()
     shown = redacted(url)
@@ -49,19 +132,24 @@ def connect(broker: BrokerConfig, *, name: str) -> BlockingConnection:
     parameters.blocked_connection_timeout = None
     parameters.client_properties = {"connection_name": name, "product": "reeld"}
     if broker.ca_file is not None:
-        context = ssl.create_default_context(cafile=str(broker.ca_file))
+        try:
+            context = ssl.create_default_context(cafile=str(broker.ca_file))
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"broker.ca_file {broker.ca_file}: {error.strerror or error}") from error
         parameters.ssl_options = pika.SSLOptions(context, parameters.host)
     try:
-        return BlockingConnection(parameters)
+        return Connection(parameters)
     except pika.exceptions.ProbableAuthenticationError as error:
         raise CredentialsError(f"{shown}: the broker refused the user or the password") from error
     except pika.exceptions.ProbableAccessDeniedError as error:
         raise CredentialsError(f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}") from error
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(f"{shown}: the broker's certificate is not trusted: {error.verify_message}") from error
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
+        raise BrokerUnavailableError(f"{shown}: closed during the TLS handshake") from error
     except ssl.SSLError as error:
-        raise ConfigError(
-            f"{shown}: TLS failed ({error.reason or error}): wrong port, or a missing ca_file?"
-        ) from error
-    except (pika.exceptions.AMQPError, socket.gaierror, OSError) as error:
+        raise ConfigError(f"{shown}: no TLS on that port ({error.reason or error}): is it a plain port?") from error
+    except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
         cause = error.args[0] if error.args else error
         text = str(getattr(cause, "exception", cause) or type(error).__name__)
         raise BrokerUnavailableError(f"{shown}: {type(error).__name__} {text}".strip()) from error
@@ -74,11 +162,12 @@ def connect_with_backoff(
     on_retry: Callable[[str, float], None],
     sleep: Callable[[float], Any],
     stopped: Callable[[], bool],
-) -> BlockingConnection | None:
+    fatal: bool = True,
+) -> Connection | None:
     """Opens a connection, trying for ever with exponential backoff and full jitter. None when `stopped()`.
 
-    `on_retry(reason, delay_seconds)` is called before each pause. CredentialsError and ConfigError pass
-    through.
+    `on_retry(reason, delay_seconds)` is called before each pause. FatalErrors pass through,
+    or, when not `fatal`, are tried again like the others: what was accepted once may be accepted again.
     """
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
@@ -86,8 +175,11 @@ def connect_with_backoff(
         delay = state.next_action.sleep if state.next_action else 0.0
         on_retry(str(error), delay)
 
+    def may_pass(error: BaseException) -> bool:
+        return isinstance(error, BrokerUnavailableError) or (not fatal and isinstance(error, FatalError))
+
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(BrokerUnavailableError),
+        retry=tenacity.retry_if_exception(may_pass),
         wait=tenacity.wait_random_exponential(
             multiplier=broker.backoff_initial_seconds, max=broker.backoff_max_seconds
         ),
@@ -98,5 +190,7 @@ def connect_with_backoff(
     )
     try:
         return retrying(connect, broker, name=name)
-    except BrokerUnavailableError:
-        return None
+    except (BrokerUnavailableError, FatalError) as error:
+        if may_pass(error):
+            return None
+        raise

@@ -8,21 +8,23 @@ blocks publishers and must not stop the acks.
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pika.exceptions
 import structlog
-from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.config import BrokerConfig
-from daemon.connection import LOST, connect_with_backoff
+from daemon.connection import LOST, Connection, connect_with_backoff
 from daemon.errors import ConfigError, FatalError
 from daemon.topology import Topology
 
 log = structlog.get_logger("consumer")
 
+EXPIRES_HEADER = "x-reeld-expires-at"
 _TICK_SECONDS = 1.0
 _LATIN_CHARACTERS = 127  # of two bytes each in UTF-8; a short string holds 255
 
@@ -42,6 +44,8 @@ class Delivery:
     content_type: str | None
     priority: int | None
     headers: dict[str, Any]
+    expires_at: float | None
+    """When the publisher stops caring, as Unix time in seconds (the AMQP property `expiration`, a time to live)."""
 
     @property
     def delivery_count(self) -> int:
@@ -49,10 +53,16 @@ class Delivery:
         count = self.headers.get("x-delivery-count", 0)
         return count if isinstance(count, int) else 0
 
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.generation, self.delivery_tag
+
 
 class Consumer:
-    """Consumes one pool's job queue. `deliveries` holds what came, oldest first; None: the thread ended.
+    """Consumes one pool's job queue. `deliveries` holds what came, oldest first; None: something changed.
 
+    After a lost connection the queue is consumed again only once the deliveries in hand are settled: what they
+    carry is redelivered, and each redelivery that is lost again would count towards the queue's delivery limit.
     `prepare(connection)` runs after each connect, before consuming; it may raise ConfigError.
     """
 
@@ -62,19 +72,25 @@ class Consumer:
         topology: Topology,
         *,
         worker_id: str,
-        prepare: Callable[[BlockingConnection], None],
+        prepare: Callable[[Connection], None],
         on_control: Callable[[str], None],
+        patience_seconds: float = 60.0,
     ) -> None:
         self._broker = broker
         self._topology = topology
         self._worker_id = worker_id
         self._prepare = prepare
         self._on_control = on_control
-        self._connection: BlockingConnection | None = None
+        self._patience = patience_seconds
+        self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
         self._generation = 0
+        self._in_hand: set[tuple[int, int]] = set()
         self._stop = threading.Event()
-        self._consumer_cancelled = False
+        self._cancelled_by_broker = False
+        self._served_before = False
+        self._broken_since: float | None = None
+        self._failures = 0
         self.deliveries: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self.consuming = threading.Event()
         self.status = "connecting"
@@ -91,6 +107,14 @@ class Consumer:
     def requeue(self, delivery: Delivery) -> None:
         """Gives a delivery back: it is not the job's fault."""
         self._settle(delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True))
+
+    def drop_if_stale(self, delivery: Delivery) -> bool:
+        """Whether the delivery's channel is gone, so that it comes again: then it must not be begun."""
+        if delivery.generation == self._generation and self._channel is not None:
+            return False
+        log.info("stale_delivery", wanted="begun", reason="its channel is gone; the broker redelivers it")
+        self._in_hand.discard(delivery.key)
+        return True
 
     def stop(self, *, timeout_seconds: float = 10) -> None:
         """Settles what is pending, closes the connection and ends the thread. Unacked deliveries go back."""
@@ -122,11 +146,12 @@ class Consumer:
             if connection is None:
                 raise pika.exceptions.ConnectionClosed(0, "no connection")
             connection.add_callback_threadsafe(on_connection_thread)
+            # Bounded: when the connection is lost meanwhile, the broker redelivers and the manifest answers.
+            done.wait(timeout=5)
         except LOST as error:
             log.warning("stale_delivery", wanted=what, reason=repr(error))
-            return
-        # Bounded: when the connection is lost meanwhile, the broker redelivers and the manifest answers.
-        done.wait(timeout=5)
+        finally:
+            self._in_hand.discard(delivery.key)
 
     def _run(self) -> None:
         try:
@@ -134,9 +159,12 @@ class Consumer:
                 self._consume_once()
         except FatalError as error:
             self.fatal = error
+        except Exception as error:  # the top of this thread: without it the process would idle for ever
+            log.critical("consumer_failed", exc_info=True)
+            self.fatal = FatalError(f"the consumer's thread failed: {error!r}")
         finally:
             self.consuming.clear()
-            self.status = "stopped"
+            self.status = f"failed: {self.fatal}" if self.fatal else "stopped"
             self.deliveries.put(None)
 
     def _consume_once(self) -> None:
@@ -146,37 +174,51 @@ class Consumer:
             on_retry=self._on_retry,
             sleep=self._stop.wait,
             stopped=self._stop.is_set,
+            fatal=not self._served_before,
         )
         if connection is None:
             return
+        begun = time.monotonic()
         try:
-            self._prepare(connection)
-            self._channel = self._open_channel(connection)
-            self._connection = connection
-            self.status = "consuming"
-            self.consuming.set()
-            log.info("consuming", queue=self._topology.jobs_queue)
-            while not self._stop.is_set():
-                connection.process_data_events(time_limit=_TICK_SECONDS)
-                # process_data_events says nothing of a channel closed by the broker or a cancelled consumer.
-                if not self._channel.is_open or self._consumer_cancelled:
-                    raise pika.exceptions.ChannelClosed(0, "channel closed or consumer cancelled by the broker")
-            self._drain_callbacks(connection)
+            self._serve(connection)
         except LOST as error:
             self.status = f"connection lost: {type(error).__name__}"
             log.warning("connection_lost", reason=repr(error))
+        except ConfigError as error:
+            self._on_topology_error(error)
         finally:
             self.consuming.clear()
             self._connection = None
             self._channel = None
-            with contextlib.suppress(*LOST):
-                connection.close()
+            if connection.is_open:
+                with contextlib.suppress(*LOST):
+                    connection.close()
         # A broker that accepts connections but refuses the consumer must not be hammered.
-        self._stop.wait(0 if self._stop.is_set() else self._broker.backoff_initial_seconds)
+        self._failures = 0 if time.monotonic() - begun > self._broker.backoff_max_seconds else self._failures + 1
+        self._stop.wait(min(self._broker.backoff_max_seconds, self._broker.backoff_initial_seconds * self._failures))
 
-    def _open_channel(self, connection: BlockingConnection) -> BlockingChannel:
+    def _serve(self, connection: Connection) -> None:
+        """Consumes until told to stop. Raises one of LOST, or ConfigError when the topology is not as planned."""
+        self._prepare(connection)
+        channel = self._channel = self._open_channel(connection)
+        self._connection = connection
+        while not self._stop.is_set():
+            if not self.consuming.is_set():
+                if self._in_hand:
+                    self.status = "connected; consumes again once the job in hand is settled"
+                else:
+                    self._consume_jobs(channel)
+            connection.process_data_events(time_limit=_TICK_SECONDS)
+            # process_data_events says nothing of a channel closed by the broker or a cancelled consumer.
+            if not channel.is_open:
+                raise pika.exceptions.ChannelClosed(0, "channel closed by the broker")
+            if self._cancelled_by_broker:
+                raise pika.exceptions.ConsumerCancelled
+        self._drain_callbacks(connection)
+
+    def _open_channel(self, connection: Connection) -> BlockingChannel:
         self._generation += 1
-        self._consumer_cancelled = False
+        self._cancelled_by_broker = False
         channel = connection.channel()
         channel.basic_qos(prefetch_count=self._broker.prefetch_count)
         channel.add_on_cancel_callback(self._on_cancel)
@@ -184,15 +226,36 @@ class Consumer:
         for key in ("cancel.*", f"drain.{self._worker_id}"):
             channel.queue_bind(control, self._topology.control_exchange, routing_key=key)
         channel.basic_consume(control, self._on_control_message, auto_ack=True)
+        return channel
+
+    def _consume_jobs(self, channel: BlockingChannel) -> None:
         try:
             channel.basic_consume(self._topology.jobs_queue, self._on_delivery)
         except pika.exceptions.ChannelClosedByBroker as error:
             raise ConfigError(
                 f"queue {self._topology.jobs_queue}: {error.reply_text}; run `reeld topology apply`"
             ) from error
-        return channel
+        self._served_before = True
+        self._broken_since = None
+        self.status = "consuming"
+        self.consuming.set()
+        log.info("consuming", queue=self._topology.jobs_queue)
+
+    def _on_topology_error(self, error: ConfigError) -> None:
+        """Before the first job is consumed this ends the process; later only when nobody mends it for a while.
+
+        Deleting a queue and declaring it anew is ordinary work, and must not stop every daemon for good.
+        """
+        now = time.monotonic()
+        self._broken_since = self._broken_since or now
+        if not self._served_before or now - self._broken_since > self._patience:
+            raise error
+        self.status = f"topology error: {error}"
+        log.error("topology_error", reason=str(error), gives_up_in_seconds=self._broken_since + self._patience - now)
 
     def _on_delivery(self, _channel: BlockingChannel, method: Any, properties: Any, body: bytes) -> None:
+        headers = dict(properties.headers or {})
+        self._in_hand.add((self._generation, method.delivery_tag))
         self.deliveries.put(
             Delivery(
                 body=body,
@@ -205,7 +268,8 @@ class Consumer:
                 expiration=_text(properties.expiration),
                 content_type=_text(properties.content_type),
                 priority=properties.priority,
-                headers=dict(properties.headers or {}),
+                headers=headers,
+                expires_at=_expires_at(properties, headers),
             )
         )
 
@@ -213,9 +277,9 @@ class Consumer:
         self._on_control(method.routing_key)
 
     def _on_cancel(self, _frame: Any) -> None:
-        self._consumer_cancelled = True
+        self._cancelled_by_broker = True
 
-    def _drain_callbacks(self, connection: BlockingConnection) -> None:
+    def _drain_callbacks(self, connection: Connection) -> None:
         connection.process_data_events(time_limit=0)
         connection.process_data_events(time_limit=0)
 
@@ -227,3 +291,18 @@ class Consumer:
 def _text(value: str | bytes | None) -> str | None:
     """A short string. pika gives bytes for what is no UTF-8: shown as Latin-1, and short enough to be sent again."""
     return value.decode("latin-1")[:_LATIN_CHARACTERS] if isinstance(value, bytes) else value
+
+
+def _expires_at(properties: Any, headers: dict[str, Any]) -> float | None:
+    """When the job expires: as its copy says, or counted from when it was published, or else from now.
+
+    The broker says nothing of how long a message has waited. It dead-letters by itself what expires in the queue.
+    """
+    from_copy = headers.get(EXPIRES_HEADER)
+    if type(from_copy) is int:
+        return from_copy / 1000
+    try:
+        time_to_live = int(properties.expiration) / 1000
+    except (TypeError, ValueError):
+        return None
+    return (properties.timestamp or time.time()) + time_to_live

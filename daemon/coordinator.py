@@ -43,6 +43,7 @@ class Coordinator:
         self._context = context
         self._consumer = consumer
         self._reporter = reporter
+        reporter.give_up = self._must_let_go
         self._settlement = Settlement(
             consumer, reporter, retry_delays_seconds=config.topology.retry_delays_seconds, wait=self._wait
         )
@@ -83,6 +84,8 @@ class Coordinator:
                 continue
             if self._drain_reason is not None:
                 break  # not begun: closing the connection gives it back
+            if self._consumer.drop_if_stale(delivery):
+                continue
             self._serve_one(delivery)
         log.info("draining", reason=self._drain_reason)
         self._finisher.close()
@@ -125,6 +128,8 @@ class Coordinator:
             )
         if job.job_id in self._cancelled:
             raise JobCancelled
+        if delivery.expires_at is not None and time.time() >= delivery.expires_at:
+            raise PermanentJobError(ErrorCode.EXPIRED, "its expiration passed before it could be begun")
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
         size = self._context.world.world_size
@@ -165,6 +170,11 @@ class Coordinator:
         plan: GenerationPlan = self._settlement.in_place(job, self._config.limits.io_attempts)(stage)
         return plan
 
+    def _must_let_go(self) -> bool:
+        """Whether the drain takes too long, or somebody asked a second time: what is not done goes back."""
+        overdue = self._drain_deadline is not None and time.monotonic() > self._drain_deadline
+        return overdue or self._hand_back.is_set()
+
     def _wait(self, seconds: float) -> None:
         self._hand_back.wait(seconds)  # a second SIGTERM ends a backoff as well
 
@@ -180,8 +190,7 @@ class Coordinator:
                 return Stop.CANCELLED
             if time.monotonic() > deadline:
                 return Stop.TIME_LIMIT_EXCEEDED
-            overdue = self._drain_deadline is not None and time.monotonic() > self._drain_deadline
-            return Stop.HAND_BACK if overdue or self._hand_back.is_set() else Stop.NO
+            return Stop.HAND_BACK if self._must_let_go() else Stop.NO
 
         def attempt() -> Any:
             clock = _StepClock()

@@ -1,27 +1,30 @@
 """The publisher thread: one connection with publisher confirms.
 
-Owns everything that reeld sends. `publish` means confirmed: it returns once the broker has the message, and
-tries again, on a new connection, until its deadline. `offer` is for what may be lost (progress, heartbeats).
-Leaves out what is sent (`daemon.events`) and consuming (`daemon.consumer`).
+Owns everything that reeld sends. `publish` means confirmed: it returns once the broker has the message, however
+long the broker is away, refuses it or is under an alarm; only its caller gives up. `offer` is for what may be lost
+(progress, heartbeats). Leaves out what is sent (`daemon.reporter`) and consuming (`daemon.consumer`).
 """
 
 import concurrent.futures
 import contextlib
+import heapq
+import itertools
 import queue
-import socket
+import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pika
 import pika.exceptions
 import structlog
-from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.config import BrokerConfig
-from daemon.connection import LOST, connect_with_backoff
-from daemon.errors import FatalError, PublishError, UnroutablePublishError
+from daemon.connection import LOST, Connection, connect
+from daemon.errors import BrokerUnavailableError, FatalError, PublishError
 
 log = structlog.get_logger("publisher")
 
@@ -31,7 +34,11 @@ _OFFERED_AT_MOST = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One message to publish."""
+    """One message to publish.
+
+    `alternate_queue` is where the exchange's alternate exchange keeps what nobody is bound for; a warning is logged
+    when the message went there.
+    """
 
     exchange: str
     routing_key: str
@@ -42,101 +49,112 @@ class Message:
     type: str | None = None
     correlation_id: str | None = None
     reply_to: str | None = None
+    priority: int | None = None
     persistent: bool = True
     headers: dict[str, Any] = field(default_factory=dict)
+    alternate_queue: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Request:
     message: Message
-    deadline: float
-    done: "concurrent.futures.Future[None]"
+    done: "concurrent.futures.Future[None]" = field(default_factory=concurrent.futures.Future)
+    failures: int = 0
 
 
 class Publisher:
-    """Publishes over one connection with confirms, from a thread of its own."""
+    """Publishes over one connection with confirms, from a thread of its own. `status` says how that goes."""
 
     def __init__(self, broker: BrokerConfig, *, worker_id: str) -> None:
         self._broker = broker
         self._worker_id = worker_id
         self._requests: queue.SimpleQueue[_Request | Message | None] = queue.SimpleQueue()
+        self._later: list[tuple[float, int, _Request]] = []  # a heap: when, its number, what
+        self._numbers = itertools.count()
         self._offered = 0
-        self._next_try = 0.0
-        self._stop = threading.Event()
-        self._connection: BlockingConnection | None = None
+        self._connect_at = 0.0
+        self._refused = 0
+        self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
-        self.fatal: FatalError | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self._status = "connecting"
 
     def start(self) -> None:
         self._thread.start()
 
-    def publish(self, message: Message, *, timeout_seconds: float) -> None:
-        """Publishes and waits for the broker's confirm.
+    @property
+    def status(self) -> str:
+        connection = self._connection
+        blocked = connection.blocked if connection is not None else None
+        return f"blocked by the broker: {blocked}" if blocked else self._status
 
-        Raises UnroutablePublishError when a mandatory message reached no queue, PublishError when no confirm
-        came within `timeout_seconds`; the message may have arrived all the same.
+    def publish(self, message: Message, *, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Publishes and waits for the broker's confirm, for as long as that takes.
+
+        Raises PublishError once `give_up()` is true (asked every second); the message may have arrived all the same.
+        Raises FatalError when the publisher's thread is gone.
         """
-        request = _Request(message, time.monotonic() + timeout_seconds, concurrent.futures.Future())
+        request = _Request(message)
         self._requests.put(request)
-        try:
-            request.done.result(timeout=timeout_seconds + self._broker.confirm_timeout_seconds)
-        except concurrent.futures.TimeoutError as error:
-            raise PublishError(f"no confirm for {message.routing_key} within {timeout_seconds} s") from error
+        while True:
+            try:
+                request.done.result(timeout=_IDLE_SECONDS)
+            except TimeoutError:
+                if not self._thread.is_alive():
+                    raise FatalError("the publisher's thread has ended; see its last log line") from None
+                if give_up() and request.done.cancel():
+                    raise PublishError(f"{message.routing_key} not confirmed; {self.status}") from None
+            else:
+                return
 
     def offer(self, message: Message) -> None:
         """Publishes if that can be done soon; drops it when the broker is away or blocks publishers."""
-        if self._offered < _OFFERED_AT_MOST:
+        connection = self._connection
+        if self._offered < _OFFERED_AT_MOST and not (connection is not None and connection.blocked):
             self._offered += 1
             self._requests.put(message)
 
     def stop(self, *, timeout_seconds: float = 10) -> None:
-        """Publishes what was asked for, then closes the connection and ends the thread."""
-        self._stop.set()
+        """Sends what was offered before, then closes the connection and ends the thread."""
         self._requests.put(None)
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
-        self._idle()  # connected before the first job, so that its first events are not lost
+        self._ready()  # connected before the first job, so that its first events are not lost
         while True:
             try:
-                request = self._requests.get(timeout=_IDLE_SECONDS)
+                request = self._next()
             except queue.Empty:
                 self._idle()
                 continue
             if request is None:
                 break
-            try:
-                if isinstance(request, Message):
-                    self._offered -= 1
-                    self._send_once(request)
-                else:
-                    self._send_until(request)
-            except FatalError as error:
-                self.fatal = error
-                if isinstance(request, _Request):
-                    request.done.set_exception(PublishError(str(error)))
+            if isinstance(request, Message):
+                self._offered -= 1
+                self._send_offered(request)
+            elif not request.done.cancelled():
+                self._send(request)
         self._close()
 
+    def _next(self) -> _Request | Message | None:
+        """What to send next. Raises queue.Empty when there is nothing for a while."""
+        now = time.monotonic()
+        if self._later and self._later[0][0] <= now:
+            return heapq.heappop(self._later)[2]
+        wait = min(_IDLE_SECONDS, self._later[0][0] - now) if self._later else _IDLE_SECONDS
+        return self._requests.get(timeout=wait)
+
     def _idle(self) -> None:
-        """Keeps the connection alive and opens it ahead of need."""
+        """Keeps the connection alive, and opens it ahead of need."""
+        if not self._ready() or self._connection is None:
+            return
         try:
-            if self._connection is None:
-                self._connect(give_up_at=time.monotonic() + 1)
-            else:
-                self._connection.process_data_events(time_limit=0)
+            self._connection.process_data_events(time_limit=0)
         except LOST as error:
             self._lost(error)
-        except FatalError as error:
-            self.fatal = error
 
-    def _send_once(self, message: Message) -> None:
-        if self._channel is None and time.monotonic() >= self._next_try:
-            # Offers may come so often that the thread is never idle. The pause keeps a long row of them from
-            # standing between a message that must be published and the broker's return.
-            self._idle()
-            self._next_try = time.monotonic() + _IDLE_SECONDS
-        if self._channel is None:
+    def _send_offered(self, message: Message) -> None:
+        if not self._ready():
             return
         try:
             self._basic_publish(message)
@@ -145,36 +163,47 @@ class Publisher:
         except LOST as error:
             self._lost(error)
 
-    def _send_until(self, request: _Request) -> None:
-        while True:
-            try:
-                if self._channel is None and not self._connect(give_up_at=request.deadline):
-                    request.done.set_exception(PublishError("the broker cannot be reached"))
-                    return
-                self._basic_publish(request.message)
-            except pika.exceptions.UnroutableError:
-                text = f"{request.message.exchange!r} routed {request.message.routing_key!r} to no queue"
-                request.done.set_exception(UnroutablePublishError(text))
-                return
-            except pika.exceptions.NackError:
-                request.done.set_exception(PublishError(f"the broker refused {request.message.routing_key!r}"))
-                return
-            except LOST as error:
-                self._lost(error)
-                if time.monotonic() >= request.deadline:
-                    request.done.set_exception(PublishError(repr(error)))
-                    return
-            else:
+    def _send(self, request: _Request) -> None:
+        """Sends what must be published, or puts it off; others go on meanwhile."""
+        message = request.message
+        if not self._ready():
+            self._put_off(request, max(0.0, self._connect_at - time.monotonic()))
+            return
+        try:
+            waiting = self._count_unrouted(message)
+            self._basic_publish(message)
+        except pika.exceptions.UnroutableError:
+            reason = f"exchange {message.exchange!r} routed it to no queue"
+        except pika.exceptions.NackError:
+            reason = "the broker refused it: a queue is full or unavailable"
+        except LOST as error:
+            self._lost(error)
+            reason = repr(error)
+        else:
+            if waiting is not None and (self._count_unrouted(message) or 0) > waiting:
+                log.warning("event_unrouted", routing_key=message.routing_key, kept_in=message.alternate_queue)
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller has just given up
                 request.done.set_result(None)
-                return
+            return
+        request.failures += 1
+        delay = self._backoff(request.failures)
+        log.warning(
+            "publish_failed",
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            reason=reason,
+            retry_in_seconds=round(delay, 2),
+        )
+        self._put_off(request, delay)
+
+    def _put_off(self, request: _Request, seconds: float) -> None:
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), request))
 
     def _basic_publish(self, message: Message) -> None:
         assert self._channel is not None
-        # pika waits for a confirm without limit; past the deadline the socket is shut and the wait ends.
-        guard = threading.Timer(self._broker.confirm_timeout_seconds, self._shut_socket, [self._connection])
-        guard.daemon = True
-        guard.start()
-        try:
+        assert self._connection is not None
+        # pika waits for a confirm without limit.
+        with self._connection.deadline(self._broker.confirm_timeout_seconds):
             self._channel.basic_publish(
                 message.exchange,
                 message.routing_key,
@@ -186,34 +215,62 @@ class Publisher:
                     type=message.type,
                     correlation_id=message.correlation_id,
                     reply_to=message.reply_to,
+                    priority=message.priority,
                     app_id="reeld",
                     headers=message.headers or None,
                 ),
                 mandatory=message.mandatory,
             )
-        finally:
-            guard.cancel()
 
-    def _connect(self, *, give_up_at: float) -> bool:
-        def stopped() -> bool:
-            return time.monotonic() >= give_up_at
+    def _count_unrouted(self, message: Message) -> int | None:
+        """How many messages the alternate exchange keeps. An exchange with an alternate returns nothing, even if
+        `mandatory`, so the growth of this number is all that tells."""
+        if message.alternate_queue is None or self._connection is None:
+            return None
+        channel = self._connection.channel()
+        try:
+            count: int = channel.queue_declare(message.alternate_queue, passive=True).method.message_count
+        except pika.exceptions.ChannelClosedByBroker as error:
+            log.warning("alternate_queue_unknown", queue=message.alternate_queue, reason=error.reply_text)
+            return None
+        channel.close()
+        return count
 
-        connection = connect_with_backoff(
-            self._broker,
-            name=f"reeld {self._worker_id} publisher",
-            on_retry=lambda reason, delay: log.debug("broker_unavailable", reason=reason, retry_in_seconds=delay),
-            sleep=lambda seconds: self._stop.wait(min(seconds, max(0.0, give_up_at - time.monotonic()))),
-            stopped=stopped,
-        )
-        if connection is None:
+    def _ready(self) -> bool:
+        """Whether there is a channel; tries to open one when it is time."""
+        if self._channel is not None:
+            return True
+        if time.monotonic() < self._connect_at:
+            return False
+        try:
+            connection = connect(self._broker, name=f"reeld {self._worker_id} publisher")
+        except (BrokerUnavailableError, FatalError) as error:
+            # FatalError too: the consumer decides whether this process should end.
+            self._refused += 1
+            self._connect_at = time.monotonic() + self._backoff(self._refused)
+            self._status = f"waiting for the broker: {error}"
+            log.debug("broker_unavailable", reason=str(error))
             return False
         self._connection = connection
-        self._channel = connection.channel()
-        self._channel.confirm_delivery()
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+        except LOST as error:
+            self._lost(error)
+            return False
+        self._refused = 0
+        self._channel = channel
+        self._status = "connected"
         return True
+
+    def _backoff(self, failures: int) -> float:
+        """Exponential, with full jitter: many daemons must not come back at the same moment."""
+        ceiling = min(self._broker.backoff_max_seconds, self._broker.backoff_initial_seconds * 2.0 ** min(failures, 30))
+        return random.uniform(0, ceiling)
 
     def _lost(self, error: BaseException) -> None:
         log.warning("connection_lost", reason=repr(error))
+        self._status = f"connection lost: {type(error).__name__}"
         self._close()
 
     def _close(self) -> None:
@@ -221,12 +278,3 @@ class Publisher:
         if connection is not None and connection.is_open:
             with contextlib.suppress(*LOST):
                 connection.close()
-
-    @staticmethod
-    def _shut_socket(connection: Any) -> None:
-        # pika has no public way to end a wait from outside; the attribute chain is checked by a test.
-        sock = getattr(getattr(connection._impl, "_transport", None), "_sock", None)
-        if sock is not None:
-            log.warning("confirm_overdue", action="dropping the connection")
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)

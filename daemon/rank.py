@@ -148,6 +148,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         worker_id=config.worker_id,
         prepare=lambda connection: _prepare_topology(connection, topology, apply=config.topology.apply),
         on_control=on_control,
+        patience_seconds=config.topology.patience_seconds,
     )
 
     def heartbeat(ranks: list[dict[str, Any]]) -> None:
@@ -159,6 +160,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
                 "state": own["state"],
                 "job_id": own.get("job_id"),
                 "consumer": consumer.status,
+                "publisher": publisher.status,
                 "uptime_seconds": round(time.time() - begun, 1),
                 "ranks": ranks,
             },

@@ -5,11 +5,13 @@ Owns the content of every message that reeld publishes and where it goes. Leaves
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from daemon.consumer import Delivery
+from daemon.consumer import EXPIRES_HEADER, Delivery
 from daemon.errors import ErrorCode, JobError
 from daemon.events import CONTENT_TYPE, Event, job_event, worker_event
 from daemon.job import Job
@@ -20,14 +22,23 @@ log = structlog.get_logger("job")
 
 ATTEMPT_HEADER = "x-reeld-attempt"
 _PROGRESS_INTERVAL_SECONDS = 1.0
-_PUBLISH_SECONDS = 60.0
 _HEADER_BYTES = 32_768
 
 
 class Reporter:
-    """Publishes a worker's events, dead letters and retries."""
+    """Publishes a worker's events, dead letters and retries.
 
-    def __init__(self, publisher: Publisher, topology: Topology, *, worker_id: str) -> None:
+    What must be published is waited for until `give_up()` is true: a job is never given up for a broker's sake.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        topology: Topology,
+        *,
+        worker_id: str,
+    ) -> None:
+        self.give_up: Callable[[], bool] = lambda: False  # the coordinator knows when to stop waiting
         self._publisher = publisher
         self._topology = topology
         self._worker_id = worker_id
@@ -56,7 +67,7 @@ class Reporter:
     def terminal(self, name: str, job: Job, data: dict[str, Any]) -> None:
         """Publishes a terminal event, mandatory and confirmed, and to `reply_to` where the job has one.
 
-        Raises PublishError when it was not confirmed: then the job must not be acked.
+        Raises PublishError when the wait for its confirm was given up: then the job must not be acked.
         """
         event = job_event(
             name,
@@ -72,7 +83,7 @@ class Reporter:
             event_id=f"{job.job_id}:{name}:{job.request_digest[:16]}",
             traceparent=job.traceparent,
         )
-        self._publisher.publish(self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS)
+        self._publish_terminal(event)
         if job.reply_to:
             # Not mandatory: a caller that has gone away must not keep the job alive.
             self._publisher.offer(
@@ -104,7 +115,7 @@ class Reporter:
             data={"attempt": 1, "worker_id": self._worker_id, "metadata": {}, **_failure(error)},
             event_id=f"{job_id}:failed:{digest[:16]}",
         )
-        self._publisher.publish(self._message(event, persistent=True, mandatory=True), timeout_seconds=_PUBLISH_SECONDS)
+        self._publish_terminal(event)
 
     def retry_later(self, job: Job, delivery: Delivery, error: JobError, *, delay_seconds: int) -> None:
         """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it is not."""
@@ -113,17 +124,21 @@ class Reporter:
             job,
             {"delay_seconds": delay_seconds, "code": str(error.code), "message": error.message},
         )
+        headers = {ATTEMPT_HEADER: job.attempt + 1}
+        if delivery.expires_at is not None:
+            headers[EXPIRES_HEADER] = round(delivery.expires_at * 1000)
         self._publish_copy(
-            delivery,
-            exchange="",
-            routing_key=self._topology.retry_queue(delay_seconds),
-            headers={ATTEMPT_HEADER: job.attempt + 1},
+            delivery, exchange="", routing_key=self._topology.retry_queue(delay_seconds), headers=headers
         )
 
     def worker(self, name: str, data: dict[str, Any]) -> None:
         """Offers a `worker.*` event."""
         event = worker_event(name, worker_id=self._worker_id, data={"worker_id": self._worker_id, **data})
         self._publisher.offer(self._message(event, persistent=False))
+
+    def _publish_terminal(self, event: Event) -> None:
+        message = self._message(event, persistent=True, mandatory=True)
+        self._publisher.publish(replace(message, alternate_queue=self._topology.unrouted), give_up=self.give_up)
 
     def _dead_letter(self, delivery: Delivery, error: JobError, *, job_id: str | None) -> None:
         headers: dict[str, Any] = {
@@ -140,7 +155,10 @@ class Reporter:
         )
 
     def _publish_copy(self, delivery: Delivery, *, exchange: str, routing_key: str, headers: dict[str, Any]) -> None:
-        """Publishes the delivery's message again, mandatory and confirmed, with our headers over its own."""
+        """Publishes the delivery's message again, mandatory and confirmed, with our headers over its own.
+
+        Not with its `expiration`: that would end the copy's stay on the ladder or among the dead letters.
+        """
         self._publisher.publish(
             Message(
                 exchange=exchange,
@@ -151,9 +169,10 @@ class Reporter:
                 message_id=delivery.message_id,
                 correlation_id=delivery.correlation_id,
                 reply_to=delivery.reply_to,
+                priority=delivery.priority,
                 headers={**_own_headers(delivery), **headers},
             ),
-            timeout_seconds=_PUBLISH_SECONDS,
+            give_up=self.give_up,
         )
 
     def _message(self, event: Event, *, persistent: bool, mandatory: bool = False) -> Message:

@@ -12,6 +12,7 @@ import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
 
 from daemon.config import Config
+from daemon.events import TERMINAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,12 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
+    """From an exchange to a queue, or, with `to_exchange`, to another exchange (RabbitMQ's extension)."""
+
     exchange: str
-    queue: str
+    destination: str
     routing_key: str
+    to_exchange: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,11 @@ class Topology:
     def unrouted(self) -> str:
         return f"{self.prefix}.unrouted"
 
+    @property
+    def unrouted_terminal(self) -> str:
+        """Lets only terminal events through: heartbeats and progress would push them out of the bounded queue."""
+        return f"{self.prefix}.unrouted.terminal"
+
     def retry_queue(self, delay_seconds: int) -> str:
         return f"{self.jobs_queue}.retry.{delay_seconds}s"
 
@@ -89,6 +98,7 @@ class Topology:
             Exchange(self.jobs_exchange, "direct"),
             Exchange(self.dead_exchange, "direct"),
             Exchange(self.unrouted, "fanout"),
+            Exchange(self.unrouted_terminal, "topic"),
             Exchange(self.status_exchange, "topic", {"alternate-exchange": self.unrouted}),
             Exchange(self.control_exchange, "topic"),
         ]
@@ -129,7 +139,8 @@ class Topology:
         return [
             Binding(self.jobs_exchange, self.jobs_queue, self.pool),
             Binding(self.dead_exchange, self.dead_queue, self.pool),
-            Binding(self.unrouted, self.unrouted, ""),
+            Binding(self.unrouted, self.unrouted_terminal, "", to_exchange=True),
+            *(Binding(self.unrouted_terminal, self.unrouted, f"job.*.{name}") for name in TERMINAL),
         ]
 
     def plan_lines(self) -> list[str]:
@@ -137,7 +148,7 @@ class Topology:
         return [
             *(f"exchange {e.name}  {e.kind}{_arguments(e.arguments)}" for e in self.exchanges()),
             *(f"queue    {q.name}{_arguments(q.arguments)}" for q in self.queues()),
-            *(f"binding  {b.exchange} -> {b.queue}  key {b.routing_key!r}" for b in self.bindings()),
+            *(f"binding  {b.exchange} -> {b.destination}  key {b.routing_key!r}" for b in self.bindings()),
         ]
 
 
@@ -201,11 +212,16 @@ def _declare_each(
             yield Difference(queue.name, f"~ queue {queue.name}: {text}")
     if bind:
         for binding in topology.bindings():
-            text = _attempt(
-                connection, lambda c, b=binding: c.queue_bind(b.queue, b.exchange, routing_key=b.routing_key)
-            )
+            text = _attempt(connection, lambda c, b=binding: _bind(c, b))
             if text is not None:
-                yield Difference(binding.queue, f"~ binding {binding.exchange} -> {binding.queue}: {text}")
+                yield Difference(binding.destination, f"~ binding {binding.exchange} -> {binding.destination}: {text}")
+
+
+def _bind(channel: BlockingChannel, binding: Binding) -> None:
+    if binding.to_exchange:
+        channel.exchange_bind(binding.destination, binding.exchange, routing_key=binding.routing_key)
+    else:
+        channel.queue_bind(binding.destination, binding.exchange, routing_key=binding.routing_key)
 
 
 def _attempt(connection: BlockingConnection, declare: Any) -> str | None:

@@ -126,6 +126,8 @@ class Heartbeat(_Data):
     versions: dict[str, Any]
     models: list[Any]
     world_size: int
+    consumer: str = Field(description="'consuming', or why it does not consume")
+    publisher: str = Field(description="'connected', or why nothing can be published")
     ranks: list[RankHealth]
 
 

@@ -294,10 +294,10 @@ def _first_line(process: subprocess.Popen[str], url: str, event: Event) -> str:
         channel.confirm_delivery()
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            # Nobody bound: the alternate exchange takes it, so nothing is returned to us. Look there.
-            channel.basic_publish(TOPOLOGY.status_exchange, event.routing_key, event.body)
-            method, _, _ = channel.basic_get(TOPOLOGY.unrouted, auto_ack=True)
-            if method is None:
+            try:
+                channel.basic_publish(TOPOLOGY.status_exchange, event.routing_key, event.body, mandatory=True)
+            except pika.exceptions.UnroutableError:  # nobody is bound yet
+                time.sleep(0.1)
+            else:
                 return line_of(process.stdout)
-            time.sleep(0.1)
     raise AssertionError("the watcher never bound its queue")

@@ -91,6 +91,19 @@ def test_a_ladder_queue_gives_its_message_back_to_the_job_queue(vhost: str) -> N
         channel.cancel()
 
 
+def test_only_terminal_events_are_kept_when_nobody_listens(vhost: str) -> None:
+    """Heartbeats and progress that nobody listens to are dropped: in the bounded queue they would push out the rest."""
+    settings, topology = BrokerConfig(url=vhost), a_topology()
+    client.apply_on(settings, topology)
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for key in ("worker.w.heartbeat", "job.a.progress", "job.a.succeeded"):
+            channel.basic_publish(topology.status_exchange, key, key.encode())
+        assert channel.basic_get(topology.unrouted, auto_ack=True)[2] == b"job.a.succeeded"
+        assert channel.basic_get(topology.unrouted, auto_ack=True)[0] is None
+
+
 def test_a_queue_that_differs_is_named_with_both_values_and_left_alone(vhost: str) -> None:
     """Apply never deletes: the queue keeps its argument, and everything else is declared."""
     settings = BrokerConfig(url=vhost)
