@@ -5,11 +5,9 @@ out the commit (`daemon.finisher`), what becomes of a delivery (`daemon.settleme
 which are passed in.
 """
 
-import shutil
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -24,6 +22,7 @@ from daemon.job import Job, make_job, parse_job_message
 from daemon.loras import resolve_loras
 from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
+from daemon.scratch import Scratch
 from daemon.settlement import Settlement
 from daemon.staging import stage_inputs
 from daemon.storage import Storage
@@ -49,6 +48,7 @@ class Coordinator:
         )
         self._finisher = Finisher(config, context.state, self._settlement, reporter, storage)
         self._profiles = {name: model.files.profile for name, model in context.models.items()}
+        self._scratch = Scratch(config.work_directory)
         self._drain_reason: str | None = None
         self._drain_deadline: float | None = None
         self._hand_back = threading.Event()
@@ -142,7 +142,7 @@ class Coordinator:
             staged = time.monotonic()
             frames = self._generate(job, plan)
         finally:
-            shutil.rmtree(self._staging_folder(job), ignore_errors=True)
+            self._scratch.close()
         generated = time.monotonic()
         timings = {
             "stage_seconds": round(staged - received, 3),
@@ -153,9 +153,6 @@ class Coordinator:
         )
         return False  # acked by its own commit, in the finisher
 
-    def _staging_folder(self, job: Job) -> Path:
-        return self._config.work_directory / self._config.worker_id / job.job_id
-
     def _stage(self, job: Job, draft: Draft) -> GenerationPlan:
         if not draft.input_uris:
             return draft.plan
@@ -163,7 +160,7 @@ class Coordinator:
         def stage() -> GenerationPlan:
             self._context.state.set("staging", job_id=job.job_id, phase="stage")
             try:
-                return stage_inputs(draft, self._staging_folder(job), self._config.inputs)
+                return stage_inputs(draft, self._scratch.folder() / job.job_id, self._config.inputs)
             except OSError as error:
                 raise TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"work directory: {error}") from error
 

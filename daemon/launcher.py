@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from daemon.config import Config
-from daemon.errors import ConfigError, ExitStatus
+from daemon.errors import ConfigError, ExitStatus, FatalError
 from daemon.group_watch import GroupWatch, kill_ranks, rank_processes
 from daemon.logs import (
     LOCK_VARIABLE,
@@ -27,6 +27,7 @@ from daemon.logs import (
     setup_logs,
 )
 from daemon.models import check_models
+from daemon.preflight import look_at_broker
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
@@ -117,7 +118,12 @@ class _Launcher:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_overdue)
         try:
+            look_at_broker(self._config)
             return self._run_groups()
+        except FatalError as error:
+            for line in str(error).splitlines():
+                log.critical("fatal", reason=line, exit_status=int(error.exit_status))
+            return int(error.exit_status)
         except _DrainedWhileStarting:
             log.info("stopped", exit_status=0, reason="asked to while starting")
             return int(ExitStatus.OK)

@@ -3,6 +3,7 @@
 Leaves out the launcher, and what rank 0 does with a job (`daemon.coordinator`).
 """
 
+import contextlib
 import os
 import platform
 import signal
@@ -21,7 +22,7 @@ from daemon.config import Config
 from daemon.connection import redacted
 from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
-from daemon.errors import ConfigError, ExitStatus, GroupBrokenError
+from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
 from daemon.logs import READY_MARK, RUNTIME_VARIABLE, finish_logs
 from daemon.models import check_models
@@ -29,7 +30,7 @@ from daemon.publisher import Publisher
 from daemon.reporter import Reporter
 from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
-from daemon.topology import Topology, apply_topology, check_topology, topology_of
+from daemon.topology import prepare_topology, topology_of
 from parallel.engine import memory_bytes
 from parallel.loading import ReadError, Throttled
 from parallel.model import LoadedModel, load_model
@@ -146,7 +147,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         config.broker,
         topology,
         worker_id=config.worker_id,
-        prepare=lambda connection: _prepare_topology(connection, topology, apply=config.topology.apply),
+        prepare=lambda connection: prepare_topology(connection, topology, apply=config.topology.apply),
         on_control=on_control,
         patience_seconds=config.topology.patience_seconds,
     )
@@ -169,7 +170,10 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     publisher.start()
     health.publish = heartbeat
     context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
-    coordinator = Coordinator(config, context, consumer, reporter, Storage(config.output.directory))
+    storage = Storage(config.output.directory)
+    with contextlib.suppress(TransientJobError):  # then the first job says so
+        storage.open()
+    coordinator = Coordinator(config, context, consumer, reporter, storage)
     runtime = os.environ.get(RUNTIME_VARIABLE)
     _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
@@ -190,15 +194,8 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     reporter.worker("stopped", {"exit_status": status})
     health.publish = None
     publisher.stop()
+    storage.close()
     return status
-
-
-def _prepare_topology(connection: Any, topology: Topology, *, apply: bool) -> None:
-    differences = apply_topology(connection, topology) if apply else check_topology(connection, topology)
-    if differences:
-        raise ConfigError(
-            "\n".join(["topology differs; see `reeld topology check`", *(each.text for each in differences)])
-        )
 
 
 def _health(config: Config, launch: Launch, state: RankState) -> HealthThread:

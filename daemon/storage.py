@@ -1,8 +1,8 @@
 """What a job leaves on disk: the video file and, after it, the manifest that says the job is done.
 
 Owns the layout of the output directory, `<directory>/<job_id>/video-<hash>.mp4` and `manifest.json`, and the
-order: file (temporary name, fsync, rename), then manifest (created only if there is none). Leaves out
-encoding.
+order: file (in the process's scratch folder under `<directory>/.unfinished`, fsync, rename), then manifest (created
+only if there is none). Leaves out encoding.
 """
 
 import hashlib
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from daemon.errors import ErrorCode, TransientJobError
+from daemon.scratch import Scratch
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # no job's folder: a job_id begins with a letter or a digit
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,18 @@ class Storage:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._scratch = Scratch(directory / UNFINISHED)
+
+    def open(self) -> None:
+        """Sweeps what killed daemons left unfinished. Raises TransientJobError."""
+        try:
+            self._scratch.folder()
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def close(self) -> None:
+        """Removes what is unfinished."""
+        self._scratch.close()
 
     def manifest_path(self, job_id: str) -> Path:
         return (self._directory / job_id / MANIFEST).resolve()
@@ -50,13 +64,8 @@ class Storage:
 
     @contextmanager
     def temporary_video(self, job_id: str) -> Iterator[Path]:
-        """A name, in the job's folder, to write the video to; what is left there at the end is removed."""
-        folder = self._directory / job_id
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unavailable(error) from error
-        path = folder / f".{uuid.uuid4().hex}.part"
+        """A name to write the video to, on the output directory's file system; what is left there is removed."""
+        path = self._unfinished(f"{job_id}.part")
         try:
             yield path
         finally:
@@ -76,7 +85,7 @@ class Storage:
                     digest.update(chunk)
                 os.fsync(file.fileno())
             sha256 = digest.hexdigest()
-            path = self._directory / job_id / f"video-{sha256[:16]}.mp4"
+            path = self._folder(job_id) / f"video-{sha256[:16]}.mp4"
             size = temporary.stat().st_size
             temporary.rename(path)
             _fsync_folder(path.parent)
@@ -87,9 +96,9 @@ class Storage:
 
     def create_manifest(self, job_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Writes the manifest unless there is one. Returns the one that counts: this or the earlier one."""
-        folder = self._directory / job_id
-        temporary = folder / f".{uuid.uuid4().hex}.manifest"
+        temporary = self._unfinished(f"{job_id}.manifest")
         try:
+            folder = self._folder(job_id)
             with temporary.open("x", encoding="utf-8") as file:
                 json.dump(manifest, file, ensure_ascii=False, indent=1)
                 file.flush()
@@ -107,6 +116,15 @@ class Storage:
             with suppress(OSError):
                 temporary.unlink()
         return manifest
+
+    def _folder(self, job_id: str) -> Path:
+        folder = self._directory / job_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _unfinished(self, name: str) -> Path:
+        self.open()
+        return self._scratch.folder() / f"{uuid.uuid4().hex}-{name}"
 
 
 def _fsync_folder(folder: Path) -> None:

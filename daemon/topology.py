@@ -12,6 +12,7 @@ import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
 
 from daemon.config import Config
+from daemon.errors import ConfigError
 from daemon.events import TERMINAL
 
 
@@ -178,6 +179,18 @@ def check_topology(connection: BlockingConnection, topology: Topology) -> list[D
     missing = list(_missing(connection, topology))
     absent = {difference.name for difference in missing}
     return missing + list(_declare_each(connection, topology, skip=absent, bind=False))
+
+
+def prepare_topology(connection: BlockingConnection, topology: Topology, *, apply: bool) -> None:
+    """What a daemon does before it consumes: declares the topology, or only checks it.
+
+    Raises ConfigError with every difference, one a line.
+    """
+    differences = apply_topology(connection, topology) if apply else check_topology(connection, topology)
+    if differences:
+        raise ConfigError(
+            "\n".join(["topology differs; see `reeld topology check`", *(each.text for each in differences)])
+        )
 
 
 def _missing(connection: BlockingConnection, topology: Topology) -> Iterator[Difference]:

@@ -44,8 +44,8 @@ def test_a_video_that_was_not_finished_is_removed(tmp_path: Path) -> None:
         Storage(tmp_path).temporary_video("job-1") as temporary,
     ):
         fail(temporary)
-    assert temporary.suffix == ".part"
-    assert names(tmp_path / "job-1") == []
+    assert not temporary.exists()
+    assert names(tmp_path) == [".unfinished"], "no job's folder before there is a video"
 
 
 def test_the_first_manifest_counts(tmp_path: Path) -> None:
