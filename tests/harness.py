@@ -210,6 +210,21 @@ class Worker:
             parsed.append(record)
         return parsed
 
+    def wait_log(self, event: str, *, after: int = 0, timeout: float = 120, **fields: Any) -> dict[str, Any]:
+        """The first line from number `after` on with this event and these fields. Fails when the worker ends first."""
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = self.process.poll() is not None
+            for line in self.lines()[after:]:
+                if f'"{event}"' not in line or not line.endswith("}"):
+                    continue
+                record: dict[str, Any] = json.loads(line)
+                if record["event"] == event and all(record.get(key) == value for key, value in fields.items()):
+                    return record
+            assert not ended, f"the worker ended with {self.process.returncode}\n{self.tail()}"
+            assert time.monotonic() < deadline, f"no {event} {fields} in {timeout} s\n{self.tail()}"
+            time.sleep(0.1)  # a growing file offers no event to wait for
+
     def tail(self) -> str:
         return "\n".join(line[:500] for line in self.lines()[-25:])
 

@@ -13,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ops.private_broker import PrivateBroker
@@ -21,18 +22,29 @@ from ops.private_broker import PrivateBroker
 _DECLARED_SECONDS = 1.5
 
 
+def api(broker: PrivateBroker, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """A call of the management API under `/api`; raises `urllib.error.HTTPError` from status 400 on."""
+    request = urllib.request.Request(f"{broker.management_url}/api{path}", method=method)
+    request.add_header("Authorization", "Basic " + base64.b64encode(b"guest:guest").decode())
+    request.add_header("Content-Type", "application/json")
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(request, data=data, timeout=30) as response:
+        content = response.read()
+    return json.loads(content) if content else None
+
+
 class Node(PrivateBroker):
-    """A private node with the faults of faults.md.
+    """A private node with the faults of faults.md. Its timeouts are looked at every second, not every minute."""
 
-    `consumer_timeout_seconds` is rabbitmq.conf's, checked every second instead of every minute.
-    """
+    def __init__(self, folder: Path, *, config: str = "") -> None:
+        super().__init__(folder, config=config, advanced="[{rabbit,[{channel_tick_interval,1000}]}].\n")
 
-    def __init__(self, folder: Path, *, consumer_timeout_seconds: float | None = None, config: str = "") -> None:
-        advanced = ""
-        if consumer_timeout_seconds is not None:
-            config += f"\nconsumer_timeout = {round(consumer_timeout_seconds * 1000)}\n"
-            advanced = "[{rabbit,[{channel_tick_interval,1000}]}].\n"
-        super().__init__(folder, config=config, advanced=advanced)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.pid is not None:
+            self.kill()  # a stop takes seconds, and its data is worth nothing now
+        self.stop()
 
     def pause(self) -> None:
         """SIGSTOP: the node is there and answers nothing, its sockets stay open."""
@@ -53,6 +65,10 @@ class Node(PrivateBroker):
         """Waits until queues declared just now outlive a kill; no event says so."""
         time.sleep(_DECLARED_SECONDS)
 
+    def set_consumer_timeout(self, *, seconds: float) -> None:
+        """`consumer_timeout` of the channels that are opened from here on."""
+        self.ctl("eval", f"application:set_env(rabbit, consumer_timeout, {round(seconds * 1000)}).")
+
     def raise_memory_alarm(self) -> None:
         """Every publishing connection is blocked from here on, until `clear_memory_alarm`."""
         self.ctl("set_vm_memory_high_watermark", "0.00000001")
@@ -61,14 +77,7 @@ class Node(PrivateBroker):
         self.ctl("set_vm_memory_high_watermark", "0.4")
 
     def api(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A call of the management API under `/api`; raises `urllib.error.HTTPError` from status 400 on."""
-        request = urllib.request.Request(f"{self.management_url}/api{path}", method=method)
-        request.add_header("Authorization", "Basic " + base64.b64encode(b"guest:guest").decode())
-        request.add_header("Content-Type", "application/json")
-        data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(request, data=data, timeout=30) as response:
-            content = response.read()
-        return json.loads(content) if content else None
+        return api(self, method, path, body)
 
     def delete_queue(self, name: str) -> None:
         self.api("DELETE", f"/queues/%2F/{urllib.parse.quote(name, safe='')}")

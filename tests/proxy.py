@@ -211,8 +211,8 @@ class Proxy:
         self._run(self._listen())
 
     def names(self) -> list[str]:
-        """The client names of the open connections, in the order in which they came."""
-        return self._on_loop(lambda: [link.name for link in self._links])
+        """The client names of the connections that neither side has closed, in the order in which they came."""
+        return self._on_loop(lambda: [link.name for link in self._links if not any(pump.done() for pump in link.pumps)])
 
     # Life
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Worker, idle, job, publish, take, write_config
 
 REELD = str(Path(sys.executable).parent / "reeld")
@@ -63,54 +62,6 @@ def test_every_configuration_fault_at_once(tmp_path: Path) -> None:
     assert done.returncode == 78
     for field in ("broker.url", "broker.heartbeat_seconds", "models", "pol"):
         assert field in done.stderr
-
-
-def test_wrong_password_is_77(broker: PrivateBroker, models: Path, tmp_path: Path) -> None:
-    """Refused credentials end the daemon with exit 77: trying again cannot help."""
-    url = broker.amqp_url.replace("guest:guest", "guest:wrong")
-    worker = Worker(write_config(tmp_path, models, nproc=1), url, tmp_path)
-    try:
-        assert worker.process.wait(120) == 77, worker.tail()
-        assert any("refused the user or the password" in line.get("reason", "") for line in worker.logs())
-        assert "wrong@" not in worker.log_path.read_text()
-    finally:
-        worker.end()
-
-
-def test_no_topology_is_78(vhost: str, models: Path, tmp_path: Path) -> None:
-    """With topology.apply off and nothing declared, the daemon prints what is missing and exits 78."""
-    config = write_config(tmp_path, models, nproc=1)
-    config.write_text(config.read_text().replace("apply = true", "apply = false"))
-    worker = Worker(config, vhost, tmp_path)
-    try:
-        assert worker.process.wait(120) == 78, worker.tail()
-        assert any("reeld.jobs.test: missing" in line.get("reason", "") for line in worker.logs())
-    finally:
-        worker.end()
-
-
-def test_no_broker_is_waited_for(models: Path, tmp_path: Path) -> None:
-    """Without a broker the daemon backs off, says why and prints no traceback; it works once the broker is there."""
-    with PrivateBroker(tmp_path / "broker") as own:
-        url = own.amqp_url
-        own.kill()
-        worker = Worker(write_config(tmp_path, models, nproc=1), url, tmp_path)
-        try:
-            _wait_for_log(worker, "broker_unavailable")
-            own.start()
-            ear = Ear(url)
-            ear.wait(idle, worker=worker)
-            message = job()
-            publish(url, message)
-            assert ear.terminal(message["job_id"], worker=worker).name == "succeeded"
-            ear.close()
-            assert worker.drain() == 0
-            logs = worker.logs()
-            waits = [line for line in logs if line["event"] == "broker_unavailable"]
-            assert all("retry_in_seconds" in line and line["reason"] for line in waits)
-            assert not [line for line in logs if "exception" in line], "no traceback"
-        finally:
-            worker.end()
 
 
 def test_job_that_kills_its_worker_is_given_up(vhost: str, models: Path, tmp_path: Path) -> None:

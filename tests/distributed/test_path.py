@@ -162,7 +162,7 @@ def test_events_come_in_order(running: Running) -> None:
         ({"parameters": {"height": 4096, "width": 4096}}, "malformed_job", "parameters.height"),
     ],
 )
-def test_bad_job_is_dead_lettered(running: Running, changed: dict[str, Any], code: str, path: str) -> None:
+def test_row_20_bad_job_is_never_broadcast(running: Running, changed: dict[str, Any], code: str, path: str) -> None:
     """A job that cannot be done is dead-lettered with code and path, told to its publisher, and never broadcast."""
     message = job(**changed)
     event = running.do(message)

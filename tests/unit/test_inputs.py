@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import socket
-import struct
 import threading
 import time
 import zlib
@@ -19,6 +18,7 @@ from PIL import Image
 from daemon.config import InputsConfig
 from daemon.errors import ErrorCode, PermanentJobError, TransientJobError
 from daemon.inputs import stage_image
+from tests.pictures import png_header
 
 FIELD = "inputs.input_image"
 
@@ -27,16 +27,6 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (8, 6)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (200, 30, 40)).save(buffer, kind)
     return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG of any size: its header, and not one pixel."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
 
 
 PNG = picture()
@@ -93,7 +83,7 @@ def test_a_link_inside_the_root_is_followed(place: Place) -> None:
     assert place.stage(f"file://localhost{place.root}/link.png") == PNG
 
 
-def test_what_is_not_under_a_root_is_rejected(place: Place) -> None:
+def test_row_29_what_is_not_under_a_root_is_rejected(place: Place) -> None:
     """Links, dots, encoded dots, loops and other places get one and the same answer, there or not."""
     (place.root / "link.png").symlink_to(place.outside)
     (place.root / "folder").symlink_to(place.outside.parent)
@@ -152,7 +142,7 @@ def test_a_file_that_is_missing_may_still_come(place: Place) -> None:
     assert place.unavailable(f"file://{place.root}/later.png") == "there is no such file"
 
 
-def test_a_file_over_the_limit_is_rejected(place: Place) -> None:
+def test_row_21_a_file_over_the_limit_is_rejected(place: Place) -> None:
     """max_bytes is the most, to the byte."""
     (place.root / "a.png").write_bytes(PNG)
     uri = (place.root / "a.png").as_uri()
@@ -193,7 +183,7 @@ def test_a_scheme_that_is_not_allowed_is_rejected(place: Place, uri: str) -> Non
     assert InputsConfig().schemes == ("https", "data")
 
 
-def test_a_bomb_is_refused_by_its_header(place: Place) -> None:
+def test_row_21_a_bomb_is_refused_by_its_header(place: Place) -> None:
     """A picture over max_pixels is refused before one pixel is decoded, however small its file is."""
     bomb = place.root / "bomb.png"
     bomb.write_bytes(png_header(60_000, 60_000))
@@ -278,7 +268,7 @@ def site() -> Iterator[Site]:
         thread.join()
 
 
-def test_a_private_address_gets_no_request(place: Place, site: Site) -> None:
+def test_row_29_a_private_address_gets_no_request(place: Place, site: Site) -> None:
     """By default no byte is sent to an address that is not public, whatever its name."""
     assert "127.0.0.1 is not public" in place.rejected(site.url + "/a.png")
     assert "is not public" in place.rejected(f"http://localhost:{site.server_port}/a.png")
@@ -294,7 +284,7 @@ def test_a_private_address_is_allowed_where_it_is_configured(place: Place, site:
 
 
 @pytest.mark.parametrize("page", ["/to-https", "/to-file"])
-def test_a_redirect_leads_to_no_other_scheme(place: Place, site: Site, page: str) -> None:
+def test_row_29_a_redirect_leads_to_no_other_scheme(place: Place, site: Site, page: str) -> None:
     """The allowed schemes hold for every hop, not only for the first."""
     message = place.rejected(site.url + page, schemes=("http",), allow_private_addresses=True)
     assert message.startswith("not a URL")
@@ -314,7 +304,7 @@ def test_statuses_say_whether_trying_again_helps(place: Place, site: Site) -> No
     assert site.paths == ["/missing", "/busy"]
 
 
-def test_a_download_over_the_limit_is_rejected(place: Place, site: Site) -> None:
+def test_row_21_a_download_over_the_limit_is_rejected(place: Place, site: Site) -> None:
     """More than max_bytes is not read to its end."""
     settings = {"allow_private_addresses": True, "max_bytes": 50_000}
     assert place.rejected(site.url + "/large", **settings) == "more than 50000 bytes"
@@ -331,7 +321,7 @@ def test_a_torn_download_may_be_tried_again(place: Place, site: Site) -> None:
 
 
 @pytest.mark.parametrize("page", ["/drip", "/drip-headers"])
-def test_a_server_that_drips_meets_the_deadline(place: Place, site: Site, page: str) -> None:
+def test_row_29_a_server_that_drips_meets_the_deadline(place: Place, site: Site, page: str) -> None:
     """A byte now and then, of the body or of the headers, does not keep a download alive."""
     begun = time.monotonic()
     message = place.unavailable(site.url + page, allow_private_addresses=True, timeout_seconds=0.6)

@@ -88,7 +88,7 @@ def test_a_job_needs_only_schema_task_and_prompt() -> None:
         ({"metadata": []}, "metadata"),
     ],
 )
-def test_a_wrong_field_is_named_by_its_path(changes: dict[str, Any], path: str) -> None:
+def test_row_20_a_wrong_field_is_named_by_its_path(changes: dict[str, Any], path: str) -> None:
     """A wrong type, value or name is malformed_job with the field's path, and nothing is coerced."""
     error = refusal(body(**changes))
     assert error.path == path
@@ -127,14 +127,14 @@ def test_all_faults_are_in_the_message_and_the_first_is_the_path() -> None:
         (b'{"metadata": -Infinity}', "-Infinity"),
     ],
 )
-def test_what_is_no_json_object_is_malformed(raw: bytes, says: str) -> None:
+def test_row_20_what_is_no_json_object_is_malformed(raw: bytes, says: str) -> None:
     """Bad JSON, bad UTF-8, NaN and bottomless nesting blame the body as a whole."""
     error = refusal(raw)
     assert error.path == "(body)"
     assert says in error.message
 
 
-def test_an_oversized_body_is_not_even_parsed() -> None:
+def test_row_21_an_oversized_body_is_not_even_parsed() -> None:
     """The limit of the body's size comes first and is named, to the byte."""
     raw = body()
     assert parse_job_message(raw, max_body_bytes=len(raw)).prompt == "a fox"

@@ -80,7 +80,7 @@ def test_a_video_with_too_few_frames_is_refused_but_where_it_may_be_shorter(medi
     assert len(stage(media, tmp_path, "seven.mp4", num_frames=9, may_be_shorter=True)) == 7
 
 
-def test_a_video_over_the_limits_is_refused(media: Path, tmp_path: Path) -> None:
+def test_row_21_a_video_over_the_limits_is_refused(media: Path, tmp_path: Path) -> None:
     """Bytes before anything is decoded, pixels before a frame is, and time while it is."""
     assert "more than 1000 bytes" in refusal(media, tmp_path, "seven.mp4", max_video_bytes=1000)
     refusal(media, tmp_path, "seven.mp4", max_video_pixels=90 * 70 - 1)
@@ -108,13 +108,13 @@ def write_not_a_video(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["text.mp4", "empty.mp4", "image.mp4", "truncated.mp4", "random.webm", "sound-only.mp4"]
 )
-def test_what_is_no_video_is_refused(media: Path, tmp_path: Path, name: str) -> None:
+def test_row_21_what_is_no_video_is_refused(media: Path, tmp_path: Path, name: str) -> None:
     """Whatever its name says."""
     write_not_a_video(media, name)
     refusal(media, tmp_path, name)
 
 
-def test_a_playlist_leads_ffmpeg_nowhere(media: Path, tmp_path: Path) -> None:
+def test_row_29_a_playlist_leads_ffmpeg_nowhere(media: Path, tmp_path: Path) -> None:
     """HLS, a concat script and an SDP would make ffmpeg open other files or connect: none is even recognised."""
     asked: list[str] = []
 

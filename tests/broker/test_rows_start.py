@@ -1,0 +1,124 @@
+"""Rows 12 and 13 of the fault matrix: what ends `reeld run` before anything is loaded."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+
+from ops.private_broker import PrivateBroker
+from tests.broker.daemon_under_fault import TOPOLOGY, daemon_config
+from tests.harness import Worker
+from tests.node import Node
+
+_TLS = """
+listeners.ssl.1 = 127.0.0.1:{port}
+ssl_options.cacertfile = {folder}/ca.pem
+ssl_options.certfile = {folder}/server.pem
+ssl_options.keyfile = {folder}/server.key
+ssl_options.verify = verify_none
+"""
+
+
+def _fatal_lines(url: str, folder: Path, models: Path, *, broker: str = "", status: int) -> list[str]:
+    """What a `reeld run` says that must end at once with `status`."""
+    config = daemon_config(folder, models, broker=f"[broker]\n{broker}")
+    worker = Worker(config, url, folder)
+    try:
+        assert worker.process.wait(120) == status, worker.tail()
+        logs = worker.logs()
+    finally:
+        worker.end()
+    assert not [line for line in logs if line["event"] in ("starting_ranks", "model_loaded")], "no restart loop"
+    assert "guest:" not in worker.log_path.read_text()
+    return [line["reason"] for line in logs if line["event"] == "fatal" and line["exit_status"] == status]
+
+
+def test_row_12_topology_mismatch_is_a_diff_and_78(vhost: str, models: Path, tmp_path: Path) -> None:
+    """A topology that is not as planned is printed object by object, with both values; exit 78, nothing is loaded."""
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        arguments: dict[str, Any] = {"x-queue-type": "quorum"}
+        connection.channel().queue_declare(TOPOLOGY.dead_queue, durable=True, arguments=arguments)
+        arguments = {**TOPOLOGY.queues()[0].arguments, "x-delivery-limit": 7}
+        connection.channel().queue_declare(TOPOLOGY.jobs_queue, durable=True, arguments=arguments)
+    lines = _fatal_lines(vhost, tmp_path, models, status=78)
+    assert "topology differs" in lines[0]
+    missing = [line for line in lines if line.startswith("- ")]
+    assert f"- exchange {TOPOLOGY.jobs_exchange}: missing" in " ".join(missing)
+    assert not any(TOPOLOGY.dead_queue + ":" in line for line in lines), "that one is as planned"
+    (differs,) = [line for line in lines if line.startswith("~ ")]
+    assert TOPOLOGY.jobs_queue in differs
+    assert "x-delivery-limit" in differs
+    assert "'3'" in differs
+    assert "'7'" in differs
+
+
+def test_row_13_wrong_password_is_77(broker: PrivateBroker, models: Path, tmp_path: Path) -> None:
+    """A refused password ends the daemon with 77, and is not in the logs."""
+    url = broker.amqp_url.replace("guest:guest", "guest:wrong")
+    (line,) = _fatal_lines(url, tmp_path, models, status=77)
+    assert "refused the user or the password" in line
+
+
+def test_row_13_wrong_vhost_is_77(broker: PrivateBroker, models: Path, tmp_path: Path) -> None:
+    """A virtual host that is not there ends the daemon with 77, and a message of its own."""
+    (line,) = _fatal_lines(broker.amqp_url.removesuffix("%2F") + "nowhere", tmp_path, models, status=77)
+    assert "refused the virtual host 'nowhere'" in line
+
+
+def test_row_13_tls_to_a_plain_port_is_78(broker: PrivateBroker, models: Path, tmp_path: Path) -> None:
+    """TLS to a port that speaks plain AMQP ends the daemon with 78, and a message of its own."""
+    (line,) = _fatal_lines(broker.amqp_url.replace("amqp:", "amqps:"), tmp_path, models, status=78)
+    assert "no TLS on that port" in line
+
+
+@pytest.fixture(scope="module")
+def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The URL of a broker that speaks TLS, and the folder with its certificate authority (ca.pem)."""
+    folder = tmp_path_factory.mktemp("tls")
+    _certificates(folder)
+    port = _free_port()
+    with Node(folder / "node", config=_TLS.format(port=port, folder=folder)):
+        yield f"amqps://guest:guest@localhost:{port}/%2F", folder
+
+
+def test_row_13_untrusted_certificate_is_78(tls_url: tuple[str, Path], models: Path, tmp_path: Path) -> None:
+    """A certificate that ca_file does not vouch for ends the daemon with 78, and a message of its own."""
+    url, folder = tls_url
+    (line,) = _fatal_lines(url, tmp_path, models, broker=f'ca_file = "{folder}/other-ca.pem"', status=78)
+    assert "certificate is not trusted" in line
+
+
+def test_row_13_a_trusted_certificate_is_accepted(tls_url: tuple[str, Path], models: Path, tmp_path: Path) -> None:
+    """With the right ca_file the same broker is spoken to: what is wrong then is the topology only."""
+    url, folder = tls_url
+    lines = _fatal_lines(url, tmp_path, models, broker=f'ca_file = "{folder}/ca.pem"', status=78)
+    assert "topology differs" in lines[0]
+
+
+def _certificates(folder: Path) -> None:
+    """Two authorities, and a server certificate for localhost from the first."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60)
+
+    for name in ("ca", "other-ca"):
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")  # fmt: skip
+    openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", "server.key",
+            "-out", "server.csr", "-subj", "/CN=localhost")  # fmt: skip
+    (folder / "names").write_text("subjectAltName = DNS:localhost, IP:127.0.0.1\n")
+    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+            "-extfile", "names", "-out", "server.pem")  # fmt: skip
+    for key in folder.glob("*.key"):
+        key.chmod(0o644)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
