@@ -4,10 +4,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz check clean
+.PHONY: help install demo test test-brokers fuzz check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## RabbitMQ, a virtual environment and the pinned packages; nothing to do when up to date
 	@ops/install.sh
@@ -18,6 +18,9 @@ demo: ## install, then two videos and a dead letter on a private broker (REELD_A
 
 test: install ## install, then every test, with a real broker and real ranks (ARGS: pytest's arguments)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+test-brokers: install ## the tests that need a broker, on RabbitMQ 3.10, 4.0 and 4.3 (the newer ones in roots of their own)
+	$(BIN)/python -m tests.brokers $(ARGS)
 
 fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -49,6 +49,9 @@ class PrivateBroker:
 
     ``config`` is appended to ``rabbitmq.conf``, ``advanced`` is the whole ``advanced.config``; ``env`` adds
     to the node's environment, which otherwise inherits nothing but ``PATH``.
+
+    ``enter`` is for a RabbitMQ that is installed elsewhere: it is asked for the words to put before each command
+    of the node, given the folders that the command must see under their own names.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class PrivateBroker:
         advanced: str = "",
         env: Mapping[str, str] | None = None,
         rabbitmq_bin: Path = RABBITMQ_BIN,
+        enter: Callable[[Sequence[Path]], list[str]] | None = None,
     ) -> None:
         self.folder = folder.resolve()
         self.plugins = tuple(plugins)
@@ -67,6 +71,7 @@ class PrivateBroker:
         self._advanced = advanced
         self._extra_env = dict(env or {})
         self._bin = rabbitmq_bin
+        self._enter = enter
         self._vm: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
         self._notify: _NotifySocket | None = None
@@ -146,7 +151,7 @@ class PrivateBroker:
 
     def ctl(self, *args: str, timeout_seconds: float = 60.0) -> str:
         """Run ``rabbitmqctl`` with ``args`` against this node and return what it printed."""
-        command = [str(self._require(self._bin / "rabbitmqctl")), *args]
+        command = self._command(str(self._require(self._bin / "rabbitmqctl")), *args)
         done = subprocess.run(
             command,
             env=self._environment(),
@@ -182,8 +187,14 @@ class PrivateBroker:
         management = [] if self.management_port is None else [self.management_port]
         return [self.amqp_port, self._dist_port, self._epmd_port, *management]
 
+    def _command(self, *words: str) -> list[str]:
+        if self._enter is None:
+            return list(words)
+        folders = [self.folder] if self._notify is None else [self.folder, self._notify.path.parent]
+        return [*self._enter(folders), *words]
+
     def _require(self, script: Path) -> Path:
-        if not os.access(script, os.X_OK):
+        if self._enter is None and not os.access(script, os.X_OK):
             raise RabbitMQMissing(
                 f"RabbitMQ is not installed ({script} is missing):"
                 " run `sudo apt-get install --no-install-recommends rabbitmq-server`"
@@ -240,14 +251,14 @@ class PrivateBroker:
         if self._epmd is not None and self._epmd.poll() is None:
             return
         environment = self._environment()
-        epmd = shutil.which("epmd", path=environment["PATH"])
+        epmd = "epmd" if self._enter else shutil.which("epmd", path=environment["PATH"])
         if epmd is None:
             raise RabbitMQMissing(
                 "Erlang is not installed (no epmd on the PATH):"
                 " run `sudo apt-get install --no-install-recommends rabbitmq-server`"
             )
         with self.log_path.open("ab") as log:
-            command = [epmd, "-port", str(self._epmd_port), "-address", _LOOPBACK]
+            command = self._command(epmd, "-port", str(self._epmd_port), "-address", _LOOPBACK)
             self._epmd = _spawn(command, environment, self.folder, log)
         deadline = time.monotonic() + 10.0
         while time.monotonic() < deadline and self._epmd.poll() is None:
@@ -265,7 +276,7 @@ class PrivateBroker:
         # With a notify socket the script replaces itself by the VM, so our child *is* the broker.
         environment = {**self._environment(), "NOTIFY_SOCKET": str(self._notify.path)}
         with self.log_path.open("ab") as log:
-            self._vm = _spawn([str(server)], environment, self.folder, log)
+            self._vm = _spawn(self._command(str(server)), environment, self.folder, log)
         self._wait_ready(self._vm, self._notify, ready_timeout_seconds)
 
     def _wait_ready(self, vm: subprocess.Popen[bytes], notify: "_NotifySocket", timeout_seconds: float) -> None:

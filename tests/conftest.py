@@ -11,13 +11,22 @@ from pathlib import Path
 import pytest
 
 from ops.private_broker import PrivateBroker
+from tests.brokers import enter_root
 from tests.harness import fresh_vhost
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a broker: those are the tests of `make test-brokers`."""
+    folder = Path(__file__).with_name("broker")
+    for item in items:
+        if "broker" in getattr(item, "fixturenames", ()) or folder in item.path.parents:
+            item.add_marker("broker")
 
 
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateBroker]:
     """The run's RabbitMQ. A test that stops or kills a broker starts one of its own."""
-    with PrivateBroker(tmp_path_factory.mktemp("broker")) as running:
+    with PrivateBroker(tmp_path_factory.mktemp("broker"), enter=enter_root()) as running:
         yield running
 
 

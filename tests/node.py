@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ops.private_broker import PrivateBroker
+from tests.brokers import enter_root
 
 # A killed node loses a quorum queue that was declared within about the last second (seen on 3.10, 4.0 and 4.3).
 _DECLARED_SECONDS = 1.5
@@ -37,7 +38,8 @@ class Node(PrivateBroker):
     """A private node with the faults of faults.md. Its timeouts are looked at every second, not every minute."""
 
     def __init__(self, folder: Path, *, config: str = "") -> None:
-        super().__init__(folder, config=config, advanced="[{rabbit,[{channel_tick_interval,1000}]}].\n")
+        advanced = "[{rabbit,[{channel_tick_interval,1000}]}].\n"
+        super().__init__(folder, config=config, advanced=advanced, enter=enter_root())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -26,6 +26,7 @@ from daemon.errors import (
 from daemon.events import Event, job_event, worker_event
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
+from tests.brokers import enter_root
 
 POOL = "tiny"
 TOPOLOGY = Topology(prefix="reeld", pool=POOL, delivery_limit=3, retry_delays_seconds=(10,))
@@ -132,7 +133,7 @@ def test_a_broker_under_alarm_does_not_hold_the_publisher_for_ever(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """A memory alarm stops confirms; the publisher gives up in the configured time and says so."""
-    with PrivateBroker(tmp_path_factory.mktemp("alarmed"), plugins=()) as broker:
+    with PrivateBroker(tmp_path_factory.mktemp("alarmed"), plugins=(), enter=enter_root()) as broker:
         settings = BrokerConfig(url=broker.amqp_url, connect_timeout_seconds=1, confirm_timeout_seconds=1)
         assert client.apply_on(settings, TOPOLOGY) == []
         broker.ctl("set_vm_memory_high_watermark", "0.00000001")
@@ -158,7 +159,7 @@ def test_an_event_stream_without_the_exchange_names_it(vhost: str) -> None:
 
 def test_a_lost_connection_ends_the_event_stream(tmp_path_factory: pytest.TempPathFactory) -> None:
     """When the broker dies the stream says so; it does not wait in silence."""
-    with PrivateBroker(tmp_path_factory.mktemp("dying"), plugins=()) as broker:
+    with PrivateBroker(tmp_path_factory.mktemp("dying"), plugins=(), enter=enter_root()) as broker:
         settings = BrokerConfig(url=broker.amqp_url)
         assert client.apply_on(settings, TOPOLOGY) == []
         with client.EventStream(settings, ["#"]) as stream:
