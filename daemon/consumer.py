@@ -6,6 +6,7 @@ blocks publishers and must not stop the acks.
 """
 
 import contextlib
+import contextvars
 import queue
 import threading
 import time
@@ -145,7 +146,8 @@ class Consumer:
         try:
             if connection is None:
                 raise pika.exceptions.ConnectionClosed(0, "no connection")
-            connection.add_callback_threadsafe(on_connection_thread)
+            context = contextvars.copy_context()  # the job's id belongs in these lines, too
+            connection.add_callback_threadsafe(lambda: context.run(on_connection_thread))
             # Bounded: when the connection is lost meanwhile, the broker redelivers and the manifest answers.
             done.wait(timeout=5)
         except LOST as error:

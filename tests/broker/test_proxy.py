@@ -80,13 +80,18 @@ def test_a_stall_delays_and_loses_nothing(proxy: Proxy, vhost: str) -> None:
         assert (body, method is not None) == (b"late", True)
 
 
-def test_a_black_hole_answers_nothing_and_closes_nothing(proxy: Proxy, vhost: str) -> None:
-    """In a black hole the client hears nothing, not even a close; only its own heartbeat tells it."""
-    connection = _connect(proxy.through(vhost), heartbeat=1)
+def test_a_black_hole_answers_nothing_and_closes_nothing(proxy: Proxy, broker: PrivateBroker, vhost: str) -> None:
+    """In a black hole nothing is answered, no close comes through, and a new connection is as mute."""
+    connection = _connect(proxy.through(vhost), name="lost")
     proxy.black_hole()
-    with pytest.raises(pika.exceptions.AMQPHeartbeatTimeout):
-        connection.process_data_events(time_limit=60)
+    with _connect(broker.amqp_url) as direct:  # the broker is well
+        direct.channel().close()
+    connection.process_data_events(time_limit=0.2)
+    assert connection.is_open
     assert not _answers(proxy.port)
+    proxy.reset("lost")
+    with pytest.raises(pika.exceptions.StreamLostError):
+        connection.process_data_events(time_limit=20)
     proxy.heal()
     _connect(proxy.through(vhost)).close()
 

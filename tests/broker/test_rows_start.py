@@ -82,7 +82,7 @@ def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     folder = tmp_path_factory.mktemp("tls")
     _certificates(folder)
     port = _free_port()
-    with Node(folder / "node", config=_TLS.format(port=port, folder=folder)):
+    with Node(folder, config=_TLS.format(port=port, folder=folder)):
         yield f"amqps://guest:guest@localhost:{port}/%2F", folder
 
 

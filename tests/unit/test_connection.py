@@ -1,0 +1,89 @@
+"""What reeld adds to pika's connection, against a peer that says exactly what it is told: nothing, or half a login."""
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pika
+import pytest
+
+from daemon.config import BrokerConfig
+from daemon.connection import connect
+from daemon.errors import BrokerUnavailableError
+
+
+def _method(class_id: int, method_id: int, arguments: bytes) -> bytes:
+    payload = struct.pack(">HH", class_id, method_id) + arguments
+    return struct.pack(">BHI", 1, 0, len(payload)) + payload + b"\xce"
+
+
+def _long(text: bytes) -> bytes:
+    return struct.pack(">I", len(text)) + text
+
+
+_START = _method(10, 10, b"\x00\x09" + _long(b"") + _long(b"PLAIN") + _long(b"en_US"))
+
+
+@contextmanager
+def _peer(talk: Callable[[socket.socket], object]) -> Iterator[BrokerConfig]:
+    """A server on loopback that accepts one connection and talks on it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                talk(client)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"amqp://guest:guest@127.0.0.1:{server.getsockname()[1]}/%2F"
+        yield BrokerConfig(url=url, connect_timeout_seconds=0.5, heartbeat_seconds=5)
+        thread.join(20)
+
+
+def test_a_login_that_is_cut_off_is_no_refused_password() -> None:
+    """A connection that ends in the middle of the login may be a broker that stops: it is tried again."""
+
+    def talk(client: socket.socket) -> None:
+        client.recv(8)
+        client.sendall(_START)
+        client.recv(4096)
+
+    with _peer(talk) as broker, pytest.raises(BrokerUnavailableError, match="before the login was through"):
+        connect(broker, name="test")
+
+
+def test_a_broker_that_says_nothing_is_unavailable() -> None:
+    """A peer that accepts and is silent, as in a black hole, is unavailable after the timeout."""
+    closed = threading.Event()
+    with _peer(lambda client: closed.wait(30)) as broker:
+        with pytest.raises(BrokerUnavailableError, match="StackTimeout"):
+            connect(broker, name="test")
+        closed.set()
+
+
+def test_silence_is_noticed_soon_after_the_heartbeat() -> None:
+    """Silence that begins at any time is noticed within heartbeat + 5 s; pika's own check may take twice as long."""
+    closed = threading.Event()
+
+    def talk(client: socket.socket) -> None:
+        client.recv(8)
+        client.sendall(_START)
+        client.recv(4096)
+        client.sendall(_method(10, 30, struct.pack(">HIH", 0, 131072, 5)))
+        client.recv(4096)
+        client.sendall(_method(10, 41, b"\x00"))
+        time.sleep(1)  # alive for a while, so that pika's first look finds something
+        client.sendall(b"\x08\x00\x00\x00\x00\x00\x00\xce")
+        closed.wait(60)
+
+    with _peer(talk) as broker:
+        connection = connect(broker, name="test")
+        begun = time.monotonic()
+        with pytest.raises(pika.exceptions.AMQPHeartbeatTimeout):
+            connection.process_data_events(time_limit=60)
+        assert time.monotonic() - begun < 1 + 5 + 5
+        closed.set()
