@@ -5,8 +5,6 @@ That bad messages reach no rank but 0 is shown in `tests/distributed/test_path.p
 """
 
 import json
-import os
-import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -30,7 +28,6 @@ from tests.broker.daemon_under_fault import (
     prepare_broker,
 )
 from tests.harness import fresh_vhost, job, publish, take
-from tests.node import api
 from tests.pictures import png_header
 from tests.proxy import TO_BROKER, TO_CLIENT
 
@@ -193,79 +190,6 @@ def test_row_24_missing_retry_queue_holds_the_job(daemon: DaemonUnderFault) -> N
     Image.new("RGB", (96, 64), "teal").save(image)
     daemon.worker.wait_log("job_succeeded", job_id=job_id)
     assert [name for name, _ in daemon.ends(job_id)] == ["succeeded"]
-
-
-def test_row_24_full_retry_queue_holds_the_job(daemon: DaemonUnderFault, broker: PrivateBroker) -> None:
-    """While the ladder's queue is full the original is not acked; the copy keeps the publisher's priority, and its
-    expiration as a header."""
-    queue, vhost = TOPOLOGY.retry_queue(600), daemon.url.rpartition("/")[2]
-    api(broker, "PUT", f"/policies/{vhost}/full", {"pattern": "600s$", "definition": {"max-length": 0}})
-    connection = pika.BlockingConnection(pika.URLParameters(daemon.url))
-    channel = connection.channel()
-    channel.basic_publish("", queue, b"there is room for one")
-    acked = daemon.proxy.hold("Basic.Ack", TO_BROKER)
-    message = job(task="image_to_video", inputs={"input_image": (daemon.folder / "never.png").as_uri()})
-    daemon.publish(message, headers={"x-reeld-attempt": 3}, priority=4, expiration="3600000")
-    _wait_for_failures(daemon, queue, "full or unavailable")
-    assert not acked.caught.is_set()
-    api(broker, "DELETE", f"/policies/{vhost}/full")
-    acked.wait()
-    daemon.proxy.release(acked)
-    connection.close()
-    copies = [(properties, json.loads(body)) for properties, body in take(daemon.url, queue) if body.startswith(b"{")]
-    assert [body["job_id"] for _, body in copies] == [message["job_id"]]
-    assert copies[0][0].headers["x-reeld-attempt"] == 4
-    assert copies[0][0].priority == 4
-    assert copies[0][0].expiration is None, "it would end the copy's stay on the ladder"
-    assert 0 < copies[0][0].headers["x-reeld-expires-at"] / 1000 - time.time() <= 3600
-
-
-def test_expired_job_is_not_begun(daemon: DaemonUnderFault) -> None:
-    """A job whose expiration has passed when it comes, from the ladder or by its timestamp, fails as `expired`."""
-    for properties in (
-        {"headers": {"x-reeld-expires-at": round(time.time() * 1000) - 1}},
-        {"expiration": "60000", "timestamp": round(time.time()) - 61},
-    ):
-        message = job()
-        daemon.publish(message, **properties)
-        daemon.worker.wait_log("job_failed", job_id=message["job_id"], code="expired")
-        daemon.check_serves()
-        assert [name for name, _ in daemon.ends(message["job_id"])] == ["failed"]
-        assert daemon.started(message["job_id"]) == 0
-        (letter,) = take(daemon.url, TOPOLOGY.dead_queue)
-        assert letter[0].headers["x-reeld-code"] == "expired"
-        assert "x-reeld-expires-at" not in letter[0].headers, "put back by hand it may run"
-
-
-def test_row_28_starved_connection_reconnects(daemon: DaemonUnderFault) -> None:
-    """Rank 0 does not run for longer than the heartbeat; the broker hangs up, and nothing runs twice."""
-    job_id = daemon.publish_long()
-    pid = daemon.rank0()
-    lines = len(daemon.worker.lines())
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        while any("consumer" in name for name in daemon.proxy.names()):
-            time.sleep(0.2)  # the broker's patience; it offers no event
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    daemon.worker.wait_log("connection_lost", after=lines, logger="consumer")
-    daemon.worker.wait_log("job_succeeded", job_id=job_id)
-    daemon.check_done_once(job_id)
-
-
-def test_row_29_hostile_paths_are_refused(daemon: DaemonUnderFault) -> None:
-    """file:///etc/passwd, a way out by `..`, a symlink that leads out, and a metadata address: refused with a code,
-    nothing read."""
-    link = daemon.folder / "link.png"
-    link.symlink_to("/etc/passwd")
-    for uri in (
-        "file:///etc/passwd",
-        f"file://{daemon.folder}/../../../../../../etc/passwd",
-        link.as_uri(),
-        "http://169.254.169.254/latest/meta-data/",
-    ):
-        body = _body(task="image_to_video", inputs={"input_image": uri})
-        _refused(daemon, body, code="input_rejected", path="inputs.input_image")
 
 
 def _refused(daemon: DaemonUnderFault, body: bytes, *, code: str, path: str) -> None:
