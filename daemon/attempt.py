@@ -63,7 +63,7 @@ def attempt_plan(
     except Exception as caught:  # noqa: BLE001  whatever the attempt raised becomes this rank's outcome
         error = caught
     outcome = outcome_of(error, context.world.rank)
-    if outcome.code in ("internal", "out_of_memory"):
+    if outcome.code in ("internal", "out_of_memory", "non_finite", "diverged"):
         log.error("attempt_failed", code=outcome.code, message=outcome.message, exc_info=error)
     context.state.set("agreeing", job_id=plan.job_id)
     context.world.report_outcome(outcome)
@@ -100,5 +100,10 @@ def raise_for_outcomes(outcomes: list[Outcome]) -> None:
             raise PermanentJobError(ErrorCode.OUT_OF_MEMORY, text, path="parameters")
         case "input_rejected":
             raise PermanentJobError(ErrorCode.INPUT_REJECTED, text, path="loras")
+        case "non_finite":
+            # The same numbers would come again.
+            raise PermanentJobError(ErrorCode.INTERNAL, text, path="parameters")
+        case "diverged":
+            raise GroupBrokenError(text)
         case _:
             raise TransientJobError(ErrorCode.INTERNAL, text)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from daemon.errors import ConfigError
+from parallel.split import PinnedDegrees
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -160,6 +161,21 @@ class StallConfig(Section):
         return ceiling
 
 
+class ParallelConfig(Section):
+    """How a job is spread over the ranks; what is left out is chosen for each job by a cost model."""
+
+    cfg_degree: Literal[1, 2] | None = None
+    ulysses_degree: int | None = Field(None, ge=1, le=64)
+    ring_degree: int | None = Field(None, ge=1, le=64)
+    vae: Literal["whole", "tiled"] = Field("whole", description="tiled: less memory, three times the work")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of the blocks; auto: on GPUs")
+
+    def pinned(self) -> PinnedDegrees:
+        return PinnedDegrees(
+            cfg_degree=self.cfg_degree, ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree
+        )
+
+
 class LogConfig(Section):
     format: Literal["auto", "json", "console"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -191,6 +207,7 @@ class Config(BaseSettings):
     lora_cache_bytes: int = Field(2 * 1024**3, ge=0, description="LoRAs each rank keeps in host memory, at most")
     inputs: InputsConfig = InputsConfig()
     output: OutputConfig = OutputConfig()
+    parallel: ParallelConfig = ParallelConfig()
     limits: LimitsConfig = LimitsConfig()
     stall: StallConfig = StallConfig()
     log: LogConfig = LogConfig()

@@ -7,7 +7,7 @@ which are passed in.
 
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import structlog
@@ -132,13 +132,12 @@ class Coordinator:
             raise PermanentJobError(ErrorCode.EXPIRED, "its expiration passed before it could be begun")
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
-        size = self._context.world.world_size
-        self._reporter.job("accepted", job, {"ulysses_degree": size, "world_size": size})
-        draft = draft_plan(job, self._profiles, self._config.limits, world_size=size)
+        self._reporter.job("accepted", job, {})
+        draft = draft_plan(job, self._profiles, self._config.limits)
         model = self._context.models[draft.plan.model]
         loras = resolve_loras(job.message.loras, self._config.loras, model.loras.shapes)
         try:
-            plan = replace(self._stage(job, draft), loras=loras)
+            plan = self._split(replace(self._stage(job, draft), loras=loras))
             staged = time.monotonic()
             frames = self._generate(job, plan)
         finally:
@@ -172,14 +171,21 @@ class Coordinator:
         overdue = self._drain_deadline is not None and time.monotonic() > self._drain_deadline
         return overdue or self._hand_back.is_set()
 
+    def _split(self, plan: GenerationPlan) -> GenerationPlan:
+        """The plan with its degrees: how the ranks share this job."""
+        model = self._context.models[plan.model]
+        degrees = model.degrees_for(plan, self._context.world, self._config.parallel.pinned())
+        return replace(plan, **asdict(degrees), tiled=self._config.parallel.vae == "tiled")
+
     def _wait(self, seconds: float) -> None:
         self._hand_back.wait(seconds)  # a second SIGTERM ends a backoff as well
 
     def _generate(self, job: Job, plan: GenerationPlan) -> Any:
         world = self._context.world
-        degrees = self._context.models[plan.model].degrees
-        self._reporter.job("started", job, {"ulysses_degree": degrees.ulysses_degree, "world_size": degrees.world_size})
-        log.info("job_started", height=plan.height, width=plan.width, num_frames=plan.num_frames, seed=plan.seed)
+        degrees = {name: getattr(plan, name) for name in ("cfg_degree", "ulysses_degree", "ring_degree")}
+        self._reporter.job("started", job, {**degrees, "world_size": world.world_size})
+        shape = {name: getattr(plan, name) for name in ("height", "width", "num_frames", "seed")}
+        log.info("job_started", **shape, **degrees)
         deadline = time.monotonic() + plan.time_limit_seconds
 
         def decide() -> Stop:

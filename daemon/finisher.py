@@ -24,7 +24,6 @@ from daemon.reporter import Reporter
 from daemon.settlement import Settlement
 from daemon.storage import Storage
 from daemon.video import CODEC, encode_video
-from parallel.engine import quantise
 from parallel.plan import GenerationPlan, LoraPlan
 
 log = structlog.get_logger("job")
@@ -40,12 +39,17 @@ _ASKED = (
     "num_inference_steps",
     "cfg_scale",
     "sigma_shift",
+    "tea_cache_l1_thresh",
+    "cfg_degree",
+    "ulysses_degree",
+    "ring_degree",
+    "tiled",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """A job whose frames are there. `frames` is (num_frames, height, width, 3), floats in [-1, 1]."""
+    """A job whose frames are there. `frames` is (num_frames, height, width, 3), uint8."""
 
     job: Job
     delivery: Delivery
@@ -136,7 +140,7 @@ class Finisher:
         def pixels() -> Iterator[Any]:
             for frame in generated.frames:
                 progress()
-                yield quantise(frame)
+                yield frame.numpy()
 
         progress()
         with self._storage.temporary_video(job.job_id) as temporary:

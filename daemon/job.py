@@ -64,6 +64,9 @@ class Parameters(_Message):
     motion_bucket_id: int | None = Field(
         None, ge=0, le=100, description="text_to_video with a motion controller: 0 is slow, 100 is fast"
     )
+    tea_cache_l1_thresh: float | None = Field(
+        None, gt=0, le=10, allow_inf_nan=False, description="TeaCache: leaves steps out; faster, and lossy"
+    )
 
 
 class Inputs(_Message):

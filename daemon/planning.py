@@ -12,7 +12,7 @@ from typing import Any
 from daemon.config import LimitsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.job import Job
-from parallel.plan import GenerationPlan, check_sequence
+from parallel.plan import GenerationPlan
 from parallel.profile import ModelProfile
 from parallel.tasks import TASK_PARAMETERS, TASKS
 
@@ -26,7 +26,7 @@ class Draft:
     input_uris: dict[str, str]
 
 
-def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig, *, world_size: int) -> Draft:
+def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig) -> Draft:
     """Resolves all of a job. Raises PermanentJobError, with the field's path, for what cannot be done."""
     message, asked = job.message, job.message.parameters
     uris: dict[str, str] = message.inputs.model_dump(exclude_none=True)
@@ -45,11 +45,6 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
     _at_most(steps, limits.max_num_inference_steps, "parameters.num_inference_steps", "steps")
     _at_most(len(message.prompt), limits.max_prompt_characters, "prompt", "characters")
     _at_most(len(message.negative_prompt or ""), limits.max_prompt_characters, "negative_prompt", "characters")
-    tokens = ((num_frames - 1) // 4 + 1) * (height // profile.height_multiple) * (width // profile.width_multiple)
-    try:
-        check_sequence(num_tokens=tokens, world_size=world_size)
-    except ValueError as error:
-        raise PermanentJobError(ErrorCode.UNSUPPORTED_TASK, str(error), path="parameters") from error
     plan = GenerationPlan(
         job_id=job.job_id,
         attempt=job.attempt,
@@ -67,10 +62,21 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
         sigma_shift=asked.sigma_shift or defaults.sigma_shift,
         switch_boundary=asked.switch_DiT_boundary or profile.switch_boundary or 0.875,
         input_image=None,
+        tea_cache_l1_thresh=_step_cache(asked.tea_cache_l1_thresh, profile),
         time_limit_seconds=min(message.time_limit_seconds or limits.time_limit_seconds, limits.time_limit_seconds),
         **chosen,
     )
     return Draft(plan=plan, fps=message.output.fps or defaults.fps, input_uris=uris)
+
+
+def _step_cache(threshold: float | None, profile: ModelProfile) -> float | None:
+    if threshold is not None and profile.tea_cache_model_id is None:
+        raise PermanentJobError(
+            ErrorCode.UNSUPPORTED_TASK,
+            f"{profile.name} has no step cache: TeaCache has no polynomial for it",
+            path="parameters.tea_cache_l1_thresh",
+        )
+    return threshold
 
 
 def _check_task(task: str, uris: Mapping[str, str], parameters: Mapping[str, Any]) -> None:

@@ -96,6 +96,8 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
                 world=world,
                 dtype=config.dtype,
                 memory=MemorySettings(config.memory, config.vram_limit_gib),
+                pinned=config.parallel.pinned(),
+                compile_blocks=_compiles(config, world),
                 lora_cache_bytes=config.lora_cache_bytes,
                 progress=progress,
             )
@@ -107,6 +109,12 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
 
 def _log_loading(model: str, done_bytes: int, total_bytes: int) -> None:
     log.info("loading", model=model, done_bytes=done_bytes, total_bytes=total_bytes)
+
+
+def _compiles(config: Config, world: World) -> bool:
+    if config.parallel.compile == "auto":
+        return world.device.type == "cuda"
+    return config.parallel.compile == "on"
 
 
 def _follow(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> int:

@@ -26,7 +26,9 @@ class Accepted(_Data):
 class Started(Accepted):
     """The plan was sent to every rank."""
 
+    cfg_degree: int
     ulysses_degree: int
+    ring_degree: int
     world_size: int
 
 

@@ -1,67 +1,126 @@
-"""Self-attention over a sequence that is spread over the ranks (DeepSpeed-Ulysses).
+"""Self-attention over a sequence that is spread over the ranks: Ulysses, a ring, or both.
 
-Every rank holds a slice of the tokens. One fused all-to-all trades token slices for head slices of q, k and
-v, each rank attends over the whole sequence with its heads, and a second all-to-all trades back.
-Source: https://arxiv.org/abs/2309.14509. Leaves out the slicing itself, which DiffSynth's
-`model_fn_wan_video` does when `use_unified_sequence_parallel` is set; it pads the last slice, and the padding
-is not attended here.
+Every rank holds a slice of the tokens. One fused all-to-all trades token slices for head slices of q, k and v
+(DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509), so that each Ulysses group holds a block of the sequence with
+all its tokens. Where the ring degree is above one, keys and values travel round the ring and the partial results are
+merged by their log-sum-exp (https://arxiv.org/abs/2310.01889); the next block travels while this one is attended. A
+second all-to-all trades heads back for tokens. The last slice is padded to the length of the others; the padding is
+cut off before anything is attended. Leaves out projections and RoPE (`parallel.forward`) and the kernels themselves
+(`parallel.kernels`).
 """
 
-import types
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from diffsynth.models.wan_video_dit import SelfAttention, WanModel, rope_apply
+
+from parallel.groups import SplitGroups
+from parallel.kernels import choose_kernel
 
 
-def enable_ulysses(dit: WanModel) -> None:
-    """Makes every self-attention of the DiT run over xfuser's Ulysses group. Called by every rank."""
-    for block in dit.blocks:
-        block.self_attn.forward = types.MethodType(_ulysses_forward, block.self_attn)
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """How one branch's tokens lie on the ranks: `num_tokens` in slices of `slice_tokens`, the last ones padded."""
+
+    groups: SplitGroups
+    num_tokens: int
+
+    @property
+    def slice_tokens(self) -> int:
+        return -(-self.num_tokens // self.groups.sequence.size)
+
+    @property
+    def begin(self) -> int:
+        """The number of this rank's first token; behind the last one where this rank has padding only."""
+        return self.groups.sequence.rank * self.slice_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """How many of this rank's slice are tokens, not padding."""
+        return max(0, min(self.slice_tokens, self.num_tokens - self.begin))
+
+    def own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of (batch, num_tokens, ...), padded with zeros to (batch, slice_tokens, ...)."""
+        own = tokens[:, self.begin : self.begin + self.own_tokens]
+        if self.own_tokens == self.slice_tokens:
+            return own
+        padding = own.new_zeros((own.shape[0], self.slice_tokens - self.own_tokens, *own.shape[2:]))
+        return torch.cat((own, padding), dim=1)
+
+    def attend(self, packed: torch.Tensor) -> torch.Tensor:
+        """Attention of this rank's tokens over the whole sequence. Called by every rank of the sequence group.
+
+        packed: (ulysses_degree, slice_tokens, batch, 3, heads / ulysses_degree, head_dim): q, k and v of this rank's
+        tokens, in the groups of heads that go to each Ulysses rank. Returns (ulysses_degree, slice_tokens, batch,
+        heads / ulysses_degree, head_dim): the result for this rank's tokens, in the same groups of heads.
+        """
+        block = _all_to_all(packed, self.groups).flatten(0, 1)
+        if self.groups.ring.size == 1:
+            # (tokens, batch, 3, heads, head_dim); the padding is at the end, and is not attended.
+            q, k, v = (block[: self.num_tokens, :, index].transpose(0, 1) for index in range(3))
+            attended = choose_kernel(q.device, q.dtype, q.shape[-1]).attend(q, k, v)
+        else:
+            attended = self._ring(block)
+        attended = attended.transpose(0, 1)
+        padding = block.shape[0] - attended.shape[0]
+        if padding:
+            attended = torch.cat((attended, attended.new_zeros((padding, *attended.shape[1:]))))
+        ulysses = self.groups.ulysses.size
+        return _all_to_all(attended.reshape(ulysses, self.slice_tokens, *attended.shape[1:]), self.groups)
+
+    def _ring(self, block: torch.Tensor) -> torch.Tensor:
+        """Attention of this Ulysses group's block over all blocks: (batch, own block's tokens, heads, head_dim)."""
+        ring = self.groups.ring
+        kernel = choose_kernel(block.device, block.dtype, block.shape[-1])
+        block_tokens = block.shape[0]
+        valid = [max(0, min(block_tokens, self.num_tokens - index * block_tokens)) for index in range(ring.size)]
+        q = block[: valid[ring.rank], :, 0].transpose(0, 1)
+        travelling = block[:, :, 1:].contiguous()
+        out: torch.Tensor | None = None
+        lse: torch.Tensor | None = None
+        for hop in range(ring.size):
+            arriving, requests = None, []
+            if hop + 1 < ring.size:
+                arriving = torch.empty_like(travelling)
+                requests = _pass_on(travelling, arriving, self.groups)
+            tokens = valid[(ring.rank - hop) % ring.size]
+            if tokens and q.shape[1]:
+                k, v = (travelling[:tokens, :, index].transpose(0, 1) for index in range(2))
+                out, lse = _merge(out, lse, *kernel.attend_with_lse(q, k, v))
+            for request in requests:
+                request.wait()
+            if arriving is not None:
+                travelling = arriving
+        return q.new_empty(q.shape) if out is None else out.to(block.dtype)
 
 
-def _ulysses_forward(self: SelfAttention, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """`SelfAttention.forward` for a slice. Called by every rank.
+def _merge(
+    out: torch.Tensor | None, lse: torch.Tensor | None, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins the results over two sets of keys, in float32: each weighs what its scores sum up to."""
+    part = part.float()
+    if out is None or lse is None:
+        return part, part_lse
+    joint = torch.logaddexp(lse, part_lse)
+    return out * (lse - joint).exp().unsqueeze(-1) + part * (part_lse - joint).exp().unsqueeze(-1), joint
 
-    x: (batch, slice, dim), this rank's tokens; freqs: (tokens, 1, head_dim / 2) complex, of the whole
-    sequence.
-    Returns (batch, slice, dim).
-    """
-    from xfuser.core.distributed import get_sp_group
 
-    # The ring degree is 1, so the sequence-parallel group is the Ulysses group; xfuser makes the latter only
-    # where yunchang finds a GPU.
-    group = get_sp_group().device_group
-    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-    batch, slice_length, dim = x.shape
-    num_tokens = freqs.shape[0]
-    heads, head_dim = self.num_heads // world_size, dim // self.num_heads
+def _all_to_all(packed: torch.Tensor, groups: SplitGroups) -> torch.Tensor:
+    if groups.ulysses.handle is None:
+        return packed
+    received = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, packed.contiguous(), group=groups.ulysses.handle)
+    return received
 
-    begin = rank * slice_length
-    own_freqs = freqs[begin : begin + slice_length]
-    if own_freqs.shape[0] < slice_length:  # the padding's rotation does not matter, only its shape
-        own_freqs = torch.cat([own_freqs, freqs[:1].expand(slice_length - own_freqs.shape[0], -1, -1)])
-    q = rope_apply(self.norm_q(self.q(x)), own_freqs, self.num_heads)
-    k = rope_apply(self.norm_k(self.k(x)), own_freqs, self.num_heads)
-    v = self.v(x)
 
-    # (3, b, slice, ranks, heads, d) -> ranks first, because all_to_all_single splits the first dimension.
-    qkv = torch.stack((q, k, v)).view(3, batch, slice_length, world_size, heads, head_dim)
-    send = qkv.permute(3, 0, 1, 2, 4, 5).contiguous()
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    # (ranks, 3, b, slice, heads, d) -> (3, b, heads, ranks * slice, d), without the padding at the end.
-    whole = received.permute(1, 2, 4, 0, 3, 5).reshape(3, batch, heads, world_size * slice_length, head_dim)
-    q, k, v = whole[:, :, :, :num_tokens].unbind(0)
-    attended = F.scaled_dot_product_attention(q, k, v)
-    padding = world_size * slice_length - num_tokens
-    if padding:
-        attended = F.pad(attended, (0, 0, 0, padding))
-
-    back = attended.view(batch, heads, world_size, slice_length, head_dim).permute(2, 0, 3, 1, 4).contiguous()
-    own = torch.empty_like(back)
-    dist.all_to_all_single(own, back, group=group)
-    # (ranks, b, slice, heads, d): rank r sent the heads [r * heads, (r + 1) * heads).
-    output: torch.Tensor = self.o(own.permute(1, 2, 0, 3, 4).reshape(batch, slice_length, dim))
-    return output
+def _pass_on(travelling: torch.Tensor, arriving: torch.Tensor, groups: SplitGroups) -> list[dist.Work]:
+    ring = groups.ring
+    following = dist.get_global_rank(ring.handle, (ring.rank + 1) % ring.size)
+    preceding = dist.get_global_rank(ring.handle, (ring.rank - 1) % ring.size)
+    requests: list[dist.Work] = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, travelling, following, ring.handle),
+            dist.P2POp(dist.irecv, arriving, preceding, ring.handle),
+        ]
+    )
+    return requests

@@ -1,21 +1,25 @@
-"""Generating one plan on every rank.
+"""Generating one plan on every rank: conditions, denoising, decoding.
 
-Owns the call of DiffSynth's pipeline: its arguments, the hook into its denoising loop (progress, stopping at the
-same step on every rank). Leaves out what a raised error means (`parallel.outcome`), who decides to stop
-(`daemon.coordinator`) and what becomes of the frames (`daemon.video`).
+Owns the order of a generation, and the hook before each step (progress, stopping at the same step on every rank).
+Leaves out the parts (`parallel.conditions`, `parallel.denoise`), what a raised error means (`parallel.outcome`), who
+decides to stop (`daemon.coordinator`) and what becomes of the frames (`daemon.video`).
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
+from parallel.conditions import prepare_conditions
+from parallel.decode import decode_frames, latents_to_decode
+from parallel.denoise import Guidance, denoise
 from parallel.inputs import pipeline_arguments
 from parallel.model import LoadedModel
-from parallel.outcome import NonFiniteError, Stop, StoppedError
+from parallel.outcome import Stop, StoppedError
 from parallel.plan import GenerationPlan
+from parallel.split import ParallelDegrees
+from parallel.step_cache import StepCache
+from parallel.vae import Tiles
 from parallel.world import World
 
 # progress(phase, step, steps) on every rank; decide() on rank 0 alone.
@@ -23,42 +27,65 @@ Progress = Callable[[str, int, int], None]
 Decide = Callable[[], Stop]
 
 
+@torch.no_grad()
 def generate_frames(
-    plan: GenerationPlan, model: LoadedModel, world: World, *, progress: Progress, decide: Decide
+    plan: GenerationPlan,
+    model: LoadedModel,
+    world: World,
+    *,
+    progress: Progress,
+    decide: Decide,
+    quantised: bool = True,
 ) -> torch.Tensor | None:
     """Called by every rank. Frames on rank 0, None on the peers.
 
-    Returns (num_frames, height, width, 3) of floats in [-1, 1], on the CPU: DiffSynth's own output before it is
-    quantised. Raises StoppedError on every rank alike, and whatever DiffSynth and torch raise.
+    Returns (num_frames, height, width, 3) on the CPU: uint8, or, not `quantised`, floats in [-1, 1] in the model's
+    dtype. Raises StoppedError on every rank alike, the errors of `parallel.outcome`, and whatever DiffSynth and torch
+    raise.
     """
-    pipeline = model.pipeline
+    pipeline, steps = model.pipeline, plan.num_inference_steps
     model.loras.set(plan.loras)
-    progress("encode", 0, plan.num_inference_steps)
+    progress("encode", 0, steps)
 
-    def denoising(timesteps: Iterable[Any]) -> Iterator[Any]:
-        steps = plan.num_inference_steps
-        for step, timestep in enumerate(timesteps):
-            stop = Stop(world.broadcast_flag(decide() if world.rank == 0 else 0))
-            if stop is not Stop.NO:
-                raise StoppedError(stop)
-            progress("denoise", step, steps)
-            yield timestep
-        progress("decode", steps, steps)
+    def before_step(step: int) -> None:
+        stop = Stop(world.broadcast_flag(decide() if world.rank == 0 else 0))
+        if stop is not Stop.NO:
+            raise StoppedError(stop)
+        progress("denoise", step, steps)
 
-    arguments = pipeline_arguments(plan)
-    with torch.inference_mode():
-        video = pipeline(progress_bar_cmd=denoising, output_type="floatpoint", **arguments)
-    if video is None:
-        return None
-    frames: torch.Tensor = video[0].permute(1, 2, 3, 0).float().cpu()
-    if not bool(torch.isfinite(frames).all()):
-        raise NonFiniteError(f"the frames hold NaN or infinity (dtype {pipeline.torch_dtype})")
-    return frames
-
-
-def quantise(frame: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """One frame as uint8, (height, width, 3), by the arithmetic of DiffSynth's `vae_output_to_image`."""
-    return ((frame + 1) * 127.5).clip(0, 255).to(torch.uint8).numpy()
+    # Only rank 0 has the staged files; what every rank needs of them comes with the conditions.
+    arguments = pipeline_arguments(plan) if world.rank == 0 else {}
+    conditions = prepare_conditions(pipeline, arguments, world, prompts=model.prompts)
+    degrees = ParallelDegrees(
+        cfg_degree=plan.cfg_degree, ulysses_degree=plan.ulysses_degree, ring_degree=plan.ring_degree
+    )
+    latents = denoise(
+        pipeline,
+        shared=conditions.shared,
+        positive=conditions.positive,
+        negative=conditions.negative,
+        guidance=Guidance(cfg_scale=plan.cfg_scale, switch_boundary=plan.switch_boundary),
+        world=world,
+        groups=world.groups.groups_of(degrees),
+        tables=model.tables,
+        before_step=before_step,
+        step_cache=StepCache.plan(
+            [each for each in (pipeline.dit, pipeline.dit2) if each is not None],
+            [float(each) for each in pipeline.scheduler.timesteps],
+            switch_boundary=plan.switch_boundary,
+            threshold=plan.tea_cache_l1_thresh,
+            model_id=model.files.profile.tea_cache_model_id or "",
+            dtype=pipeline.torch_dtype,
+        ),
+    )
+    progress("decode", steps, steps)
+    return decode_frames(
+        pipeline,
+        latents_to_decode(latents, conditions),
+        world,
+        tiles=Tiles(conditions.shared["tile_size"], conditions.shared["tile_stride"]) if plan.tiled else None,
+        quantised=quantised,
+    )
 
 
 def release_memory(device: torch.device) -> None:

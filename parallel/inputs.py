@@ -18,12 +18,12 @@ from parallel.plan import GenerationPlan
 from parallel.tasks import INPUT_KINDS
 
 AUDIO_SAMPLE_RATE = 16_000
-# What `__call__` has for its caller's sake, not for the generation.
-_CALLERS = ("self", "progress_bar_cmd", "output_type")
+# What `__call__` has for its caller's sake or for its own loop.
+_CALLERS = ("self", "progress_bar_cmd", "output_type", "switch_DiT_boundary")
 _SAME_NAME = (
     "prompt", "negative_prompt", "seed", "height", "width", "num_frames", "num_inference_steps", "cfg_scale",
     "sigma_shift", "denoising_strength", "vace_scale", "camera_control_direction", "camera_control_speed",
-    "motion_bucket_id",
+    "motion_bucket_id", "tiled",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def pipeline_arguments(plan: GenerationPlan) -> dict[str, Any]:
     chosen = {name: getattr(plan, name) for name in _SAME_NAME}
     arguments |= {name: value for name, value in chosen.items() if value is not None}
     # On the CPU whatever the device, so that one seed gives one video on every machine.
-    arguments |= {"rand_device": "cpu", "switch_DiT_boundary": plan.switch_boundary}
+    arguments |= {"rand_device": "cpu"}
     for name, kind in INPUT_KINDS.items():
         path = getattr(plan, name)
         if path is None:

@@ -15,15 +15,18 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 from torch.distributed.tensor import DTensor
 from transformers import Wav2Vec2Processor
 
-from parallel.attention import enable_ulysses
+from parallel.conditions import PromptCache
+from parallel.forward import prepare_dit, shape_of
 from parallel.layouts import StoredTensor, read_tensors
 from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
 from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
 from parallel.offload import OffloadedModels
 from parallel.parts import ATTRIBUTES, BuiltModel, build_models
-from parallel.plan import ParallelDegrees, resolve_degrees
+from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles
+from parallel.rope import RopeTables
 from parallel.sharding import shard_blocks, warm_up_sharding
+from parallel.split import CPU, CUDA, ParallelDegrees, PinnedDegrees, check_pins, choose_degrees
 from parallel.strategy import MemorySettings
 from parallel.tiny_registry import register_tiny_models
 from parallel.vram import MANAGED, ManagedModels, manage_model
@@ -42,8 +45,24 @@ class LoadedModel:
 
     files: ModelFiles
     pipeline: WanVideoPipeline
-    degrees: ParallelDegrees
     loras: LoraWeights
+    tables: RopeTables
+    prompts: PromptCache
+
+    def degrees_for(self, plan: GenerationPlan, world: World, pinned: PinnedDegrees) -> ParallelDegrees:
+        """The split for one job, by the cost model. Raises ValueError, with every factor, when none is possible."""
+        _, step_height, step_width = self.pipeline.dit.patch_size
+        frames = (plan.num_frames - 1) // 4 + 1
+        height = plan.height // self.pipeline.vae.upsampling_factor // step_height
+        width = plan.width // self.pipeline.vae.upsampling_factor // step_width
+        return choose_degrees(
+            world_size=world.world_size,
+            shape=shape_of(self.pipeline.dit),
+            num_tokens=frames * height * width,
+            guided=plan.cfg_scale != 1.0,
+            machine=CUDA if world.device.type == "cuda" else CPU,
+            pinned=pinned,
+        )
 
 
 def load_model(
@@ -52,15 +71,17 @@ def load_model(
     world: World,
     dtype: str,
     memory: MemorySettings = MemorySettings(),  # noqa: B008  frozen
+    pinned: PinnedDegrees | None = None,
+    compile_blocks: bool = False,
     lora_cache_bytes: int = DEFAULT_CACHE_BYTES,
     progress: Progress = lambda _done, _total: None,
 ) -> LoadedModel:
     """Called by every rank. Loads the model under the memory strategy; the ranks read each file once together.
 
-    Raises ValueError when the model cannot be split over the ranks, when the strategy cannot work there, or when
-    DiffSynth does not know the files; ReadError when one cannot be read.
+    Raises ValueError when the model cannot be split over the ranks as `pinned` says, when the strategy cannot work
+    there, or when DiffSynth does not know the files; ReadError when one cannot be read.
     """
-    degrees = resolve_degrees(world_size=world.world_size, num_heads=files.profile.num_heads)
+    check_pins(world_size=world.world_size, num_heads=files.profile.num_heads, pinned=pinned or PinnedDegrees())
     memory.check(world_size=world.world_size)
     register_tiny_models()
     pipeline = WanVideoPipeline(device=world.device, torch_dtype=DTYPES[dtype])
@@ -74,8 +95,15 @@ def load_model(
     loader.finish()
     _complete(pipeline, files, world)
     dits = {name: dit for name in _DITS if (dit := getattr(pipeline, name)) is not None}
-    loras = LoraWeights(dits, world, cache_bytes=lora_cache_bytes)
-    return LoadedModel(files=files, pipeline=pipeline, degrees=degrees, loras=loras)
+    for dit in dits.values():
+        prepare_dit(dit, compile_blocks=compile_blocks and memory.strategy != "vram_limit")
+    return LoadedModel(
+        files=files,
+        pipeline=pipeline,
+        loras=LoraWeights(dits, world, cache_bytes=lora_cache_bytes),
+        tables=RopeTables(world.device),
+        prompts=PromptCache(),
+    )
 
 
 class _Loader:
@@ -176,15 +204,3 @@ def _complete(pipeline: WanVideoPipeline, files: ModelFiles, world: World) -> No
     pipeline.tokenizer = HuggingfaceTokenizer(name=str(files.tokenizer), seq_len=512, clean="whitespace")
     if files.audio_processor is not None:
         pipeline.audio_processor = Wav2Vec2Processor.from_pretrained(str(files.audio_processor))
-    if world.world_size > 1:
-        for dit in (pipeline.dit, pipeline.dit2):
-            if dit is not None:
-                enable_ulysses(dit)
-        pipeline.use_unified_sequence_parallel = True
-        if world.rank != 0:
-            # Only rank 0 needs frames; the others would decode the same latents for nothing.
-            pipeline.vae.decode = _no_decode
-
-
-def _no_decode(latents: torch.Tensor, **_arguments: object) -> None:
-    return None

@@ -30,7 +30,15 @@ class StoppedError(Exception):
 
 
 class NonFiniteError(Exception):
-    """Raised when the frames hold a NaN or an infinity."""
+    """Raised when the latents or the frames hold a NaN or an infinity."""
+
+
+class InconsistentError(Exception):
+    """Raised before the first step when tensors are not on the rank's device or not of the model's dtype."""
+
+
+class DivergedError(Exception):
+    """Raised when ranks that must hold the same latents do not: their group must be started afresh."""
 
 
 class PreparationError(Exception):
@@ -52,6 +60,10 @@ def outcome_of(error: BaseException | None, rank: int) -> Outcome:
             return Outcome(rank=rank, code=code, message=_first_line(error))
         case LoraError():
             return Outcome(rank=rank, code="input_rejected", message=_first_line(error))
+        case NonFiniteError():
+            return Outcome(rank=rank, code="non_finite", message=_first_line(error))
+        case DivergedError():
+            return Outcome(rank=rank, code="diverged", message=_first_line(error))
         case torch.OutOfMemoryError() | MemoryError():
             return Outcome(rank=rank, code="out_of_memory", message=_first_line(error))
         case _:

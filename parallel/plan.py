@@ -68,6 +68,13 @@ class GenerationPlan:
     camera_control_speed: float | None = None
     motion_bucket_id: int | None = None
     loras: tuple[LoraPlan, ...] = ()
+    # How the job is split over the ranks (parallel.split), and what it may trade exactness for.
+    cfg_degree: int = 1
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    tea_cache_l1_thresh: float | None = None
+    # Whether the VAE works on DiffSynth's tiles instead of whole frames: less memory, three times the work.
+    tiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,31 +141,3 @@ class Outcome:
     @staticmethod
     def from_json(text: str | bytes) -> "Outcome":
         return Outcome(**json.loads(text))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelDegrees:
-    """How one generation is split: `ulysses_degree == world_size` (no CFG or ring splits yet)."""
-
-    world_size: int
-    ulysses_degree: int
-
-
-def resolve_degrees(*, world_size: int, num_heads: int) -> ParallelDegrees:
-    """Degrees for a model on a world. Raises ValueError, with every factor, when they cannot work."""
-    if num_heads % world_size:
-        raise ValueError(
-            f"ulysses_degree {world_size} (= world_size {world_size}) does not divide num_heads {num_heads}: "
-            f"use a number of ranks out of {[n for n in range(1, num_heads + 1) if num_heads % n == 0]}"
-        )
-    return ParallelDegrees(world_size=world_size, ulysses_degree=world_size)
-
-
-def check_sequence(*, num_tokens: int, world_size: int) -> None:
-    """Raises ValueError when a sequence is too short to give each of `world_size` ranks a slice."""
-    slice_length = -(-num_tokens // world_size)
-    if -(-num_tokens // slice_length) != world_size:
-        raise ValueError(
-            f"{num_tokens} tokens in slices of {slice_length} fill only {-(-num_tokens // slice_length)} of "
-            f"{world_size} ranks: ask for more pixels or frames, or use fewer ranks"
-        )

@@ -62,6 +62,7 @@ class ModelProfile:
 
     `parts` are in the order in which they are loaded: DiffSynth takes the first DiT for the high noise
     levels. `switch_boundary` is the fraction of the noise schedule below which the second expert takes over.
+    `tea_cache_model_id` names the polynomial of DiffSynth's TeaCache, where there is one for this model.
     `optional_inputs` are those of its tasks' optional inputs that this model takes. `audio_processor` is the
     folder of the audio encoder's processor, where there is such an encoder.
     """
@@ -76,6 +77,7 @@ class ModelProfile:
     width_multiple: int
     defaults: GenerationDefaults
     switch_boundary: float | None = None
+    tea_cache_model_id: str | None = None
     optional_inputs: tuple[str, ...] = ()
     audio_processor: str | None = None
 
@@ -284,6 +286,7 @@ def _profile(table: _Table) -> ModelProfile:
         width_multiple=table.whole("width_multiple"),
         defaults=_defaults(table.table("defaults")),
         switch_boundary=boundary,
+        tea_cache_model_id=table.text("tea_cache_model_id") if "tea_cache_model_id" in table.values else None,
         optional_inputs=optional,
         audio_processor=(_inside(table, "audio_processor", table.text("audio_processor")) if has_audio else None),
     )

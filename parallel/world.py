@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.groups import GroupTable, join_xfuser
 from parallel.plan import Command, Outcome, decode_command, encode_command
 
 # How long a peer may wait for the next command. Idle peers wait in gloo, never inside an NCCL collective: that
@@ -71,6 +72,11 @@ class World:
         self.world_size = launch.world_size
         self.device = device
         self._control = control
+        self.groups = GroupTable(
+            world_size=launch.world_size,
+            local_rank=launch.local_rank,
+            backend="nccl" if device.type == "cuda" else "gloo",
+        )
         self._outcomes = dist.PrefixStore("reeld/outcome", store)
         self._sequence = 0
 
@@ -131,6 +137,14 @@ class World:
         tensor = torch.tensor([int(flag)], dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._control)
         return bool(tensor.item())
+
+    def gather_numbers(self, number: int) -> list[int]:
+        """Called by every rank, at the same step. Every rank's signed 64-bit number, by rank; over gloo."""
+        if self.world_size == 1:
+            return [number]
+        numbers = torch.empty(self.world_size, dtype=torch.int64)
+        dist.all_gather_into_tensor(numbers, torch.tensor([number], dtype=torch.int64), group=self._control)
+        return [int(each) for each in numbers]
 
     def report_outcome(self, outcome: Outcome) -> None:
         """Tells the other ranks how this rank's part of the last command ended; waits for nobody."""
@@ -245,27 +259,8 @@ def join(launch: Launch, *, device_kind: str) -> World:
         timeout=TENSOR_TIMEOUT,
     )
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-    _join_xfuser(launch, backend)
+    join_xfuser(rank=launch.rank, world_size=launch.world_size, local_rank=launch.local_rank, backend=backend)
     return World(launch, device, dist.PrefixStore(f"restart/{launch.restart_count}", store), control)
-
-
-def _join_xfuser(launch: Launch, backend: str) -> None:
-    import xfuser.envs
-
-    if not torch.cuda.is_available():
-        # xfuser decides by the build of torch, not by whether a GPU is there, and would bind a CUDA device.
-        xfuser.envs._is_cuda = lambda: False
-    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
-
-    init_distributed_environment(
-        rank=launch.rank, world_size=launch.world_size, local_rank=launch.local_rank, backend=backend
-    )
-    initialize_model_parallel(
-        sequence_parallel_degree=launch.world_size,
-        ulysses_degree=launch.world_size,
-        ring_degree=1,
-        backend=backend,
-    )
 
 
 @contextlib.contextmanager

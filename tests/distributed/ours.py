@@ -1,17 +1,25 @@
-"""The same cases as `reference.py` through reeld's own ranks: torchrun -m tests.distributed.ours CASES.json OUTPUT."""
+"""The same cases as `reference.py` through reeld's own ranks: torchrun -m tests.distributed.ours CASES.json OUTPUT.
+
+Runs each case with every split that its number of heads allows on this many ranks, or with the first few; an output's
+name is the case's, "|", and the split.
+"""
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from parallel.engine import generate_frames
+from parallel.forward import prepare_dit
 from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan, Shutdown
 from parallel.profile import check_model_folder, load_profile
+from parallel.split import possible_degrees
 from parallel.world import join, read_launch
+from tests.distributed.random_dit import random_dit
 
 
 def main() -> None:
@@ -25,22 +33,43 @@ def main() -> None:
         if key not in models:
             files = check_model_folder(load_profile(folder.name), folder)
             models[key] = load_model(files, world=world, dtype=case["dtype"])
-        plan = GenerationPlan(
-            job_id=case["name"],
-            attempt=1,
-            task="",
-            model=folder.name,
-            switch_boundary=0.875,
-            input_image=case["input_image"],
-            time_limit_seconds=600,
-            **case["arguments"],
-        )
-        # What the peers run is what came over the control group, not what they read from the file.
-        command = world.broadcast_command(Generate(plan) if world.rank == 0 else None)
-        assert isinstance(command, Generate)
-        made = generate_frames(command.plan, models[key], world, progress=lambda *_: None, decide=lambda: Stop.NO)
-        if made is not None:
-            frames[case["name"]] = made.contiguous()
+        model = models[key]
+        own = model.pipeline.dit
+        if case["dit"]:
+            model.pipeline.dit = random_dit(**case["dit"])
+            prepare_dit(model.pipeline.dit, compile_blocks=False)
+        arguments = dict(case["arguments"])
+        thresholds = {"tea_cache_l1_thresh": arguments.pop("tea_cache_l1_thresh", None)}
+        arguments.pop("tea_cache_model_id", None)
+        for degrees in list(
+            possible_degrees(
+                world_size=world.world_size,
+                num_heads=model.pipeline.dit.blocks[0].num_heads,
+                guided=arguments["cfg_scale"] != 1,
+            )
+        )[: case["splits"]]:
+            plan = GenerationPlan(
+                job_id=case["name"],
+                attempt=1,
+                task="",
+                model=folder.name,
+                switch_boundary=0.875,
+                input_image=case["input_image"],
+                time_limit_seconds=600,
+                **thresholds,
+                **asdict(degrees),
+                **arguments,
+            )
+            # What the peers run is what came over the control group, not what they read from the file.
+            command = world.broadcast_command(Generate(plan) if world.rank == 0 else None)
+            assert isinstance(command, Generate)
+            made = generate_frames(
+                command.plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False
+            )
+            if made is not None:
+                split = f"{degrees.cfg_degree}x{degrees.ulysses_degree}x{degrees.ring_degree}"
+                frames[f"{case['name']}|{split}"] = made.float().contiguous()
+        model.pipeline.dit = own
     if world.rank == 0:
         save_file(frames, sys.argv[2])
     world.broadcast_command(Shutdown("done") if world.rank == 0 else None)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from parallel.tiny_registry import register_tiny_models
+from tests.distributed.random_dit import random_dit
 
 SPEECH = "wav2vec2-large-xlsr-53-english"
 
@@ -70,11 +71,16 @@ def main() -> None:
         key = (case["model_folder"], case["dtype"])
         if key not in pipelines:
             pipelines[key] = load(Path(key[0]), key[1])
+        pipeline = pipelines[key]
+        own = pipeline.dit
+        if case.get("dit"):
+            pipeline.dit = random_dit(**case["dit"])
         arguments = case["arguments"]
         files = {"input_image": case["input_image"]} if case.get("input_image") else case.get("files", {})
         opened = open_files(files, height=arguments["height"], width=arguments["width"])
-        video = pipelines[key](**opened, output_type="floatpoint", **arguments)
+        video = pipeline(**opened, output_type="floatpoint", **arguments)
         frames[case["name"]] = video[0].permute(1, 2, 3, 0).float().contiguous()
+        pipeline.dit = own
     save_file(frames, sys.argv[2])
 
 

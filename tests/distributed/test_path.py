@@ -109,12 +109,13 @@ def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
         "negative_prompt": "",
         "cfg_scale": 5.0,
         "sigma_shift": 5.0,
+        "tiled": False,
         **message["parameters"],
     }
     case = {"name": "one", "model_folder": str(folder), "dtype": "float32", "input_image": None}
     (work / "cases.json").write_text(json.dumps([{**case, "arguments": arguments}]))
-    script = Path(__file__).with_name("reference.py")
-    command = [sys.executable, str(script), str(work / "cases.json"), str(work / "reference.safetensors")]
+    module = ["-m", "tests.distributed.reference"]
+    command = [sys.executable, *module, str(work / "cases.json"), str(work / "reference.safetensors")]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     frames = load_file(work / "reference.safetensors")["one"]
     return np.clip((frames + 1) * 127.5, 0, 255).astype(np.uint8)

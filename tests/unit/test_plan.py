@@ -1,4 +1,4 @@
-"""The words that the ranks exchange, and what a world of a given size can be asked for."""
+"""The words that the ranks exchange."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,10 +10,8 @@ from parallel.plan import (
     GenerationPlan,
     Outcome,
     Shutdown,
-    check_sequence,
     decode_command,
     encode_command,
-    resolve_degrees,
 )
 
 PLAN = GenerationPlan(
@@ -67,28 +65,3 @@ def test_an_outcome_arrives_as_it_was_reported(outcome: Outcome) -> None:
     """A rank's outcome survives the store, and only one without a code is ok."""
     assert Outcome.from_json(outcome.to_json()) == outcome
     assert outcome.ok == (outcome.code is None)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_all_ranks_of_a_divisor_split_the_heads(world_size: int) -> None:
-    """The Ulysses degree is the whole world where it divides the heads."""
-    assert resolve_degrees(world_size=world_size, num_heads=12).ulysses_degree == world_size
-
-
-@pytest.mark.parametrize("world_size", [5, 8, 24])
-def test_a_world_that_does_not_divide_the_heads_is_told_what_would(world_size: int) -> None:
-    """The refusal prints every factor and all numbers of ranks that work."""
-    with pytest.raises(ValueError, match="does not divide num_heads 12") as caught:
-        resolve_degrees(world_size=world_size, num_heads=12)
-    assert f"ulysses_degree {world_size} (= world_size {world_size})" in str(caught.value)
-    assert "[1, 2, 3, 4, 6, 12]" in str(caught.value)
-
-
-def test_a_sequence_must_give_each_rank_a_slice() -> None:
-    """Five tokens in slices of two fill three of four ranks, so four ranks are too many."""
-    for world_size in (1, 2, 3, 5):
-        check_sequence(num_tokens=5, world_size=world_size)
-    with pytest.raises(ValueError, match="5 tokens in slices of 2 fill only 3 of 4 ranks"):
-        check_sequence(num_tokens=5, world_size=4)
-    with pytest.raises(ValueError, match="fill only 5 of 8 ranks"):
-        check_sequence(num_tokens=5, world_size=8)

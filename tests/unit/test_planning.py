@@ -23,13 +23,13 @@ def job(**fields: Any) -> Job:
     return make_job(parse_job_message(json.dumps(body).encode(), max_body_bytes=1 << 20), message_id=None, attempt=3)
 
 
-def draft(limits: LimitsConfig = LIMITS, world_size: int = 1, **fields: Any) -> Draft:
-    return draft_plan(job(**fields), {"tiny-t2v": T2V, "tiny-i2v": I2V}, limits, world_size=world_size)
+def draft(limits: LimitsConfig = LIMITS, **fields: Any) -> Draft:
+    return draft_plan(job(**fields), {"tiny-t2v": T2V, "tiny-i2v": I2V}, limits)
 
 
-def refusal(limits: LimitsConfig = LIMITS, world_size: int = 1, **fields: Any) -> PermanentJobError:
+def refusal(limits: LimitsConfig = LIMITS, **fields: Any) -> PermanentJobError:
     with pytest.raises(PermanentJobError) as caught:
-        draft(limits, world_size, **fields)
+        draft(limits, **fields)
     return caught.value
 
 
@@ -121,16 +121,16 @@ def test_each_task_takes_what_it_needs_and_nothing_else(task: str) -> None:
     names = wants.required + wants.one_of[:1]
     parameters = {"camera_control_direction": "Left"} if task == "camera_to_video" else {}
     asked = {"task": task, "parameters": parameters}
-    made = draft_plan(job(**asked, inputs=inputs(*names)), profiles(), LIMITS, world_size=1)
+    made = draft_plan(job(**asked, inputs=inputs(*names)), profiles(), LIMITS)
     assert made.input_uris == inputs(*names)
     assert made.plan.camera_control_direction == parameters.get("camera_control_direction")
     for missing in wants.required:
         with pytest.raises(PermanentJobError) as caught:
-            draft_plan(job(**asked, inputs=inputs(*(set(names) - {missing}))), profiles(), LIMITS, world_size=1)
+            draft_plan(job(**asked, inputs=inputs(*(set(names) - {missing}))), profiles(), LIMITS)
         assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, f"inputs.{missing}")
     for other in set(INPUT_KINDS) - set(wants.inputs):
         with pytest.raises(PermanentJobError) as caught:
-            draft_plan(job(**asked, inputs=inputs(*names, other)), profiles(), LIMITS, world_size=1)
+            draft_plan(job(**asked, inputs=inputs(*names, other)), profiles(), LIMITS)
         assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, f"inputs.{other}")
 
 
@@ -149,7 +149,7 @@ def test_each_task_takes_what_it_needs_and_nothing_else(task: str) -> None:
 def test_a_parameter_of_another_task_is_refused(fields: dict[str, Any], path: str) -> None:
     """Never taken and then ignored."""
     with pytest.raises(PermanentJobError) as caught:
-        draft_plan(job(**fields), profiles(), LIMITS, world_size=1)
+        draft_plan(job(**fields), profiles(), LIMITS)
     assert (caught.value.code, caught.value.path) == (ErrorCode.MALFORMED_JOB, path)
 
 
@@ -158,29 +158,29 @@ def test_what_only_some_models_take_picks_the_model() -> None:
     asked = job(task="control_to_video", inputs=inputs("control_video", "reference_image"))
     plain = profiles()
     able = {"able": replace(profiles(optional_inputs=("reference_image",))["all"], name="able")}
-    assert draft_plan(asked, plain | able, LIMITS, world_size=1).plan.model == "able"
+    assert draft_plan(asked, plain | able, LIMITS).plan.model == "able"
     for refused, path in (
         (asked, "inputs.reference_image"),
         (job(parameters={"motion_bucket_id": 50}), "parameters.motion_bucket_id"),
     ):
         with pytest.raises(PermanentJobError) as caught:
-            draft_plan(refused, plain, LIMITS, world_size=1)
+            draft_plan(refused, plain, LIMITS)
         assert (caught.value.code, caught.value.path) == (ErrorCode.UNSUPPORTED_TASK, path)
 
 
 def test_parameters_of_a_task_reach_the_plan_and_others_stay_diffsynths() -> None:
     """What a job leaves out is None in the plan, which is DiffSynth's own default."""
     asked = job(task="video_to_video", inputs=inputs("input_video"), parameters={"denoising_strength": 0.25})
-    plan = draft_plan(asked, profiles(), LIMITS, world_size=1).plan
+    plan = draft_plan(asked, profiles(), LIMITS).plan
     assert (plan.denoising_strength, plan.vace_scale, plan.camera_control_speed) == (0.25, None, None)
 
 
 def test_the_boundary_between_experts_is_the_jobs_or_the_profiles() -> None:
     """A model with two experts has a boundary of its own, and a job may move it."""
     two = profiles(switch_boundary=0.9)
-    assert draft_plan(job(), two, LIMITS, world_size=1).plan.switch_boundary == 0.9
+    assert draft_plan(job(), two, LIMITS).plan.switch_boundary == 0.9
     moved = job(parameters={"switch_DiT_boundary": 0.5})
-    assert draft_plan(moved, two, LIMITS, world_size=1).plan.switch_boundary == 0.5
+    assert draft_plan(moved, two, LIMITS).plan.switch_boundary == 0.5
 
 
 def test_the_schema_and_the_table_know_the_same_tasks_and_inputs() -> None:
@@ -194,16 +194,17 @@ def test_the_schema_and_the_table_know_the_same_tasks_and_inputs() -> None:
 def test_a_task_that_no_model_offers_is_refused() -> None:
     """The refusal names the tasks that this pool does offer."""
     with pytest.raises(PermanentJobError) as caught:
-        draft_plan(job(**IMAGE), {"tiny-t2v": T2V}, LIMITS, world_size=1)
+        draft_plan(job(**IMAGE), {"tiny-t2v": T2V}, LIMITS)
     assert caught.value.code is ErrorCode.UNSUPPORTED_TASK
     assert caught.value.path == "task"
     assert "text_to_video" in caught.value.message
 
 
-def test_a_video_too_small_for_the_world_is_refused() -> None:
-    """One token cannot be spread over two ranks, and one rank does not mind."""
-    smallest = {"height": 16, "width": 16, "num_frames": 1}
-    assert draft(parameters=smallest).plan.num_frames == 1
-    error = refusal(world_size=2, parameters=smallest)
-    assert error.code is ErrorCode.UNSUPPORTED_TASK
-    assert "1 of 2 ranks" in error.message
+def test_a_step_cache_needs_a_polynomial() -> None:
+    """The threshold goes into the plan of a model that TeaCache knows, and is refused for another."""
+    asked: dict[str, Any] = {"parameters": {"tea_cache_l1_thresh": 0.1}}
+    assert draft(**asked).plan.tea_cache_l1_thresh == 0.1
+    unknown = replace(T2V, tea_cache_model_id=None)
+    with pytest.raises(PermanentJobError) as caught:
+        draft_plan(job(**asked), {"tiny-t2v": unknown}, LIMITS)
+    assert caught.value.path == "parameters.tea_cache_l1_thresh"
