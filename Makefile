@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers fuzz check clean
+.PHONY: help install demo test test-brokers storm soak fuzz check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ test: install ## install, then every test, with a real broker and real ranks (AR
 
 test-brokers: install ## the tests that need a broker, on RabbitMQ 3.10, 4.0 and 4.3 (the newer ones in roots of their own)
 	$(BIN)/python -m tests.brokers $(ARGS)
+
+storm: install ## JOBS=1000 jobs under FAULTS faults (one for five jobs), by SEED, on RANKS=2,1; then the checker
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm --jobs $(or $(JOBS),1000) \
+		$(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED)) --ranks $(or $(RANKS),2,1) $(ARGS)
+
+soak: install ## jobs without a pause for MINUTES=15, and whether memory, threads, descriptors or queues grow
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.soak --minutes $(or $(MINUTES),15) $(ARGS)
 
 fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py
