@@ -1,4 +1,4 @@
-"""A daemon without a model: everything of `python -m daemon` is real but the generation.
+"""A daemon that does not generate: everything of `python -m daemon` is real but the generation.
 
 Run as `python -m tests.edge` in the place of a rank. A plan that would be broadcast is encoded and decoded as for
 real ranks, and its job then ends as cancelled: thousands of messages can go through the whole edge - consumer, parsing,
@@ -7,18 +7,10 @@ planning, staging, settlement, publisher - in the time of a few videos.
 
 import os
 import sys
-from types import SimpleNamespace
-from typing import Any
 
-import parallel.model
 import parallel.world
 from daemon.errors import JobCancelled
 from parallel.plan import Command, Generate, decode_command, encode_command
-from parallel.profile import ModelFiles
-
-
-def _no_model(files: ModelFiles, **_: Any) -> Any:
-    return SimpleNamespace(files=files, degrees=SimpleNamespace(ulysses_degree=1, world_size=1))
 
 
 def _cut_off(self: parallel.world.World, command: Command | None = None) -> Command:
@@ -31,9 +23,8 @@ def _cut_off(self: parallel.world.World, command: Command | None = None) -> Comm
 
 
 def main() -> int:
-    parallel.model.load_model = _no_model
     parallel.world.World.broadcast_command = _cut_off  # type: ignore[method-assign]  # the cut itself
-    from daemon.__main__ import main as run_rank  # only now: it imports both by name
+    from daemon.__main__ import main as run_rank  # only now: it imports half of reeld
 
     return run_rank()
 

@@ -37,7 +37,7 @@ _BAD_EVENTS = ("connection_lost", "log_failed", "settle_failed", "publish_failed
 
 
 class Edge:
-    """A running daemon without a model, a publisher of raw messages, and an ear for what becomes of them."""
+    """A running daemon that does not generate, a publisher of raw messages, and an ear for what becomes of them."""
 
     def __init__(self, worker: Worker, url: str) -> None:
         self.worker, self._url = worker, url
