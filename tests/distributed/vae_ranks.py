@@ -129,7 +129,8 @@ def main() -> None:
         for size in range(1, 5):
             report["tiled"].append([name, size, tiled(vae, world, size)])
         vae.model.to(torch.bfloat16)
-        report["bfloat16"] = [whole(vae, world, (2, 7, 9), size, torch.bfloat16) for size in range(1, 5)]
+        for size in range(1, 5):
+            report["bfloat16"].append([name, size, whole(vae, world, (2, 7, 9), size, torch.bfloat16)])
         vae.model.to(torch.float32)
     report |= frames(vaes["2.1"], world)
     Path(f"{sys.argv[1]}.{world.rank}").write_text(json.dumps(report))
