@@ -4,10 +4,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers storm soak fuzz check clean
+.PHONY: help install demo test test-brokers storm soak fuzz bench-recovery check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## RabbitMQ, a virtual environment and the pinned packages; nothing to do when up to date
 	@ops/install.sh
@@ -31,6 +31,9 @@ soak: install ## jobs without a pause for MINUTES=15, and whether memory, thread
 
 fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py
+
+bench-recovery: install ## seconds from a killed peer and a restarted broker to work again, beside their floors (RUNS=20)
+	$(BIN)/python -m benchmarks.recovery --runs $(or $(RUNS),20) $(ARGS)
 
 check: install ## what a reviewer should not have to say: lint, format, types, who imports whom
 	$(BIN)/ruff check .

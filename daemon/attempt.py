@@ -1,12 +1,15 @@
 """One attempt to generate a plan, on one rank, and what the ranks agree on afterwards.
 
-Owns turning a raised error into an outcome, waiting for the others' outcomes, and the verdict. Leaves out
+Owns turning a raised error into an outcome, waiting for the others' outcomes, noticing that they never come, and the
+verdict. Leaves out
 what the verdict means for the job (`daemon.coordinator`).
 """
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -26,6 +29,9 @@ from parallel.plan import GenerationPlan, Outcome
 from parallel.world import OutcomesMissingError, World
 
 log = structlog.get_logger("generate")
+
+_DIVERGENCE_TICK_SECONDS = 0.5
+_PEER_PATIENCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,7 @@ def attempt_plan(
     Rank 0 always gathers. A peer gathers only when its own part failed: when it went well there is nothing to
     wait for but the next command. Raises GroupBrokenError when some rank does not report within the grace.
     """
-
-    work = f"{plan.model} {plan.width}x{plan.height}x{plan.num_frames}"
+    work = f"{plan.model} {plan.width}x{plan.height}x{plan.num_frames} {[lora.name for lora in plan.loras]}"
 
     def on_progress(phase: str, step: int, steps: int) -> None:
         context.state.set("generating", phase=phase, work=work, job_id=plan.job_id, step=step, steps=steps)
@@ -72,13 +77,50 @@ def attempt_plan(
         release_memory(context.world.device)
     if outcome.ok and context.world.rank != 0:
         return None, None
+    # A peer's end would take rank 0 along, which must settle the job first; it ends the group itself.
+    grace = context.outcome_grace_seconds * (1 if context.world.rank == 0 else _PEER_PATIENCE)
     try:
-        outcomes = context.world.gather_outcomes(grace_seconds=context.outcome_grace_seconds)
+        outcomes = context.world.gather_outcomes(grace_seconds=grace)
     except OutcomesMissingError as missing:
         raise GroupBrokenError(
-            f"{missing} within {context.outcome_grace_seconds} s; this rank: {outcome.code or 'ok'}"
+            f"{missing} within {grace} s; this rank: {outcome.code or 'ok'}", context.world.reported_outcomes()
         ) from missing
     return frames, outcomes
+
+
+class DivergenceWatch:
+    """Rank 0's eye on its peers during one attempt; a context manager around it.
+
+    A rank that fails alone leaves the others inside a collective that never ends, rank 0's main thread among them. When
+    some rank has reported a failure and rank 0 has not come back within the grace, `on_diverged(outcomes)` is called,
+    from a thread of this watch, and must end the process.
+    """
+
+    def __init__(self, context: RankContext, on_diverged: Callable[[list[Outcome]], NoReturn]) -> None:
+        self._context = context
+        self._on_diverged = on_diverged
+        self._over = threading.Event()
+        self._one = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="divergence-watch", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._context.world.world_size > 1:
+            self._thread.start()
+
+    def __exit__(self, *_error: object) -> None:
+        with self._one:  # held for good once the watch has taken the matter into its hands
+            self._over.set()
+
+    def _run(self) -> None:
+        world, since = self._context.world, None
+        while not self._over.wait(_DIVERGENCE_TICK_SECONDS):
+            if all(outcome.ok for outcome in world.reported_outcomes()):
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > self._context.outcome_grace_seconds:
+                with self._one:
+                    if not self._over.is_set():
+                        self._on_diverged(world.reported_outcomes())
 
 
 def raise_for_outcomes(outcomes: list[Outcome]) -> None:

@@ -133,7 +133,12 @@ class LimitsConfig(Section):
     generate_attempts: int = Field(2, ge=1, le=10)
     io_attempts: int = Field(4, ge=1, le=20)
     drain_seconds: float = Field(1800, ge=0)
-    outcome_grace_seconds: float = Field(20, gt=0)
+    outcome_grace_seconds: float = Field(
+        20, gt=0, description="how long ranks may go on without one that failed, before the group is ended"
+    )
+    cancel_memory_seconds: float = Field(
+        86_400, gt=0, description="how long a cancelled job that was not met yet is remembered"
+    )
 
 
 class StallConfig(Section):

@@ -27,6 +27,8 @@ log = structlog.get_logger("consumer")
 
 EXPIRES_HEADER = "x-reeld-expires-at"
 _TICK_SECONDS = 1.0
+# On a copy that the retry ladder brings back: how often the broker had taken its original back.
+LOST_HEADER = "x-reeld-lost"
 _LATIN_CHARACTERS = 127  # of two bytes each in UTF-8; a short string holds 255
 
 
@@ -51,8 +53,16 @@ class Delivery:
     @property
     def delivery_count(self) -> int:
         """How often the broker has taken this message back already (quorum queues' x-delivery-count)."""
-        count = self.headers.get("x-delivery-count", 0)
-        return count if isinstance(count, int) else 0
+        return self._count("x-delivery-count")
+
+    @property
+    def lost_count(self) -> int:
+        """How often this message and those it is a copy of were taken back."""
+        return self._count(LOST_HEADER) + self.delivery_count
+
+    def _count(self, name: str) -> int:
+        count = self.headers.get(name, 0)
+        return max(0, count) if isinstance(count, int) else 0  # pika's own long is an int
 
     @property
     def key(self) -> tuple[int, int]:
@@ -225,7 +235,7 @@ class Consumer:
         channel.basic_qos(prefetch_count=self._broker.prefetch_count)
         channel.add_on_cancel_callback(self._on_cancel)
         control = channel.queue_declare("", exclusive=True, auto_delete=True).method.queue
-        for key in ("cancel.*", f"drain.{self._worker_id}"):
+        for key in ("cancel.#", f"drain.{self._worker_id}"):
             channel.queue_bind(control, self._topology.control_exchange, routing_key=key)
         channel.basic_consume(control, self._on_control_message, auto_ack=True)
         return channel

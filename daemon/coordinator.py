@@ -5,31 +5,49 @@ out the commit (`daemon.finisher`), what becomes of a delivery (`daemon.settleme
 which are passed in.
 """
 
-import threading
+import os
+import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from daemon.attempt import RankContext, attempt_plan, raise_for_outcomes
+from daemon.asked import Asked
+from daemon.attempt import DivergenceWatch, RankContext, attempt_plan, raise_for_outcomes
+from daemon.cancellations import Cancellations
 from daemon.config import Config
 from daemon.consumer import Consumer, Delivery
-from daemon.errors import ErrorCode, JobCancelled, PermanentJobError, TransientJobError
+from daemon.errors import (
+    ErrorCode,
+    ExitStatus,
+    GroupBrokenError,
+    JobCancelled,
+    JobError,
+    PermanentJobError,
+    TransientJobError,
+)
 from daemon.finisher import Finisher, Generated
-from daemon.job import Job, make_job, parse_job_message
+from daemon.job import JOB_ID_PATTERN, Job, make_job, parse_job_message
+from daemon.logs import finish_logs
 from daemon.loras import resolve_loras
 from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
 from daemon.scratch import Scratch
 from daemon.settlement import Settlement
 from daemon.staging import stage_inputs
+from daemon.step_clock import StepClock
 from daemon.storage import Storage
 from parallel.outcome import Stop
-from parallel.plan import Generate, GenerationPlan
+from parallel.plan import Generate, GenerationPlan, Outcome
 
 log = structlog.get_logger("job")
+
+# Lost so often without a pause, a job goes to the retry ladder.
+_LOST_RUNNING = 2
 
 
 class Coordinator:
@@ -42,54 +60,82 @@ class Coordinator:
         self._context = context
         self._consumer = consumer
         self._reporter = reporter
-        reporter.give_up = self._must_let_go
+        cancelled = Cancellations(
+            config.work_directory / f"{config.worker_id}.cancelled.jsonl",
+            memory_seconds=config.limits.cancel_memory_seconds,
+        )
+        self._asked = Asked(cancelled, drain_seconds=config.limits.drain_seconds)
+        reporter.give_up = self._asked.must_hand_back
         self._settlement = Settlement(
-            consumer, reporter, retry_delays_seconds=config.topology.retry_delays_seconds, wait=self._wait
+            consumer,
+            reporter,
+            retry_delays_seconds=config.topology.retry_delays_seconds,
+            pause=self._asked.pause,
+            cancellations=cancelled,
         )
         self._finisher = Finisher(config, context.state, self._settlement, reporter, storage)
         self._profiles = {name: model.files.profile for name, model in context.models.items()}
         self._scratch = Scratch(config.work_directory)
-        self._drain_reason: str | None = None
-        self._drain_deadline: float | None = None
-        self._hand_back = threading.Event()
-        self._cancelled: set[str] = set()
+        self._job_id: str | None = None
+        self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def drain(self, reason: str) -> None:
         """Finish the job in hand and stop. Asked a second time: hand the job back at once. Safe in a signal handler."""
-        if self._drain_reason is not None:
-            self._hand_back.set()
-        else:
-            self._drain_reason = reason
-            self._drain_deadline = time.monotonic() + self._config.limits.drain_seconds
+        self._asked.drain(reason)
         self._consumer.deliveries.put(None)
 
     def control(self, routing_key: str) -> None:
         """A message on the control exchange. Called by the consumer thread."""
         verb, _, rest = routing_key.partition(".")
         if verb == "cancel":
-            self._cancelled.add(rest)
+            self._cancel(rest)
         elif verb == "drain":
             self.drain("control")
+
+    def _cancel(self, job_id: str) -> None:
+        if not re.fullmatch(JOB_ID_PATTERN, job_id):
+            log.warning("cancel_ignored", job_id=job_id[:200], reason="no job can have this id")
+            return
+        # What runs is asked before it can hear of the cancel.
+        running, finishing = self._job_id == job_id, self._finisher.has(job_id)
+        self._asked.cancel(job_id)
+        # On a thread of its own: it reads the storage, and the consumer's must not wait for that.
+        self._answers.submit(self._answer_cancel, job_id, running=running, finishing=finishing)
+
+    def _answer_cancel(self, job_id: str, *, running: bool, finishing: bool) -> None:
+        if running:
+            state = "running"
+        elif finishing:
+            state = "finishing"
+        else:
+            try:
+                state = "succeeded" if self._finisher.has_manifest(job_id) else "unknown"
+            except JobError:  # the storage is away
+                state = "unknown"
+        log.info("cancel_noted", job_id=job_id, state=state)
+        self._reporter.cancel_noted(
+            job_id, {"state": state, "remembered_seconds": self._config.limits.cancel_memory_seconds}
+        )
 
     def serve(self) -> str:
         """Serves until drained. Returns the reason. Raises FatalError when the consumer cannot go on."""
         while True:
-            self._context.state.set("draining" if self._drain_reason else "idle")
-            delivery = self._consumer.deliveries.get() if self._drain_reason is None else None
+            self._context.state.set("draining" if self._asked.drain_reason else "idle")
+            delivery = self._consumer.deliveries.get() if self._asked.drain_reason is None else None
             if self._consumer.fatal is not None:
                 raise self._consumer.fatal
             if delivery is None:
-                if self._drain_reason is not None:
+                if self._asked.drain_reason is not None:
                     break
                 continue
-            if self._drain_reason is not None:
+            if self._asked.drain_reason is not None:
                 break  # not begun: closing the connection gives it back
             if self._consumer.drop_if_stale(delivery):
                 continue
             self._serve_one(delivery)
-        log.info("draining", reason=self._drain_reason)
+        log.info("draining", reason=self._asked.drain_reason)
         self._finisher.close()
-        return self._drain_reason
+        return self._asked.drain_reason
 
     def _serve_one(self, delivery: Delivery) -> None:
         limits = self._config.limits
@@ -107,29 +153,55 @@ class Coordinator:
             self._settlement.fail_malformed(delivery, error)
             return
         with bound_contextvars(job_id=job.job_id, attempt=job.attempt):
-            self._settlement.settle(job, delivery, lambda: self._run_to_settling(job, delivery))
+            try:
+                self._settlement.settle(job, delivery, lambda: self._run_to_settling(job, delivery))
+            except GroupBrokenError as broken:
+                self._settle_broken(job, delivery, broken.outcomes)
+                raise
 
     def _run_to_settling(self, job: Job, delivery: Delivery) -> bool:
+        self._job_id = job.job_id
         try:
             return self._run(job, delivery)
         finally:
+            self._job_id = None
             # What follows may wait for the broker, which is no stall.
             self._context.state.set("settling", job_id=job.job_id)
+
+    def _settle_broken(self, job: Job, delivery: Delivery, outcomes: Sequence[Outcome]) -> None:
+        """What a broken group's ranks did report decides for the job; with no failure among it, the job comes back."""
+
+        def verdict() -> bool:
+            raise_for_outcomes(list(outcomes))
+            return False
+
+        self._settlement.settle(job, delivery, verdict)
+        self._finisher.wait_for_all(timeout_seconds=self._config.limits.outcome_grace_seconds)
+
+    def _end_diverged(self, job: Job, delivery: Delivery, outcomes: list[Outcome]) -> NoReturn:
+        """Called by the divergence watch: the main thread hangs in a collective that a failed rank has left."""
+        self._context.state.set("settling", job_id=job.job_id)
+        with bound_contextvars(job_id=job.job_id, attempt=job.attempt):
+            failed = {outcome.rank: f"{outcome.code}: {outcome.message}" for outcome in outcomes if not outcome.ok}
+            log.critical("ranks_diverged", failed=failed, silent=self._context.world.world_size - len(outcomes))
+            try:
+                self._settle_broken(job, delivery, outcomes)
+            except Exception:
+                log.exception("settling_failed")  # unacked, so it comes back
+            finally:
+                finish_logs()
+                os._exit(ExitStatus.GROUP_BROKEN)
 
     def _run(self, job: Job, delivery: Delivery) -> bool:
         self._context.state.set("settling", job_id=job.job_id)
         self._finisher.wait_for(job.job_id)
         if self._finisher.answer_from_manifest(job, delivery):
             return True
-        if delivery.delivery_count >= self._config.topology.delivery_limit:
-            raise PermanentJobError(
-                ErrorCode.WORKER_LOST,
-                f"{delivery.delivery_count} workers were lost or handed this job back; it is not tried again",
-            )
-        if job.job_id in self._cancelled:
+        if job.job_id in self._asked.cancelled:
             raise JobCancelled
         if delivery.expires_at is not None and time.time() >= delivery.expires_at:
             raise PermanentJobError(ErrorCode.EXPIRED, "its expiration passed before it could be begun")
+        self._check_not_deadly(delivery)
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
         self._reporter.job("accepted", job, {})
@@ -139,7 +211,7 @@ class Coordinator:
         try:
             plan = self._split(replace(self._stage(job, draft), loras=loras))
             staged = time.monotonic()
-            frames = self._generate(job, plan)
+            frames = self._generate(job, delivery, plan)
         finally:
             self._scratch.close()
         generated = time.monotonic()
@@ -151,6 +223,16 @@ class Coordinator:
             Generated(job=job, delivery=delivery, draft=draft, plan=plan, frames=frames, timings=timings)
         )
         return False  # acked by its own commit, in the finisher
+
+    def _check_not_deadly(self, delivery: Delivery) -> None:
+        """Raises PermanentJobError for a job that was lost with its worker too often, TransientJobError for one that
+        was lost twice running: a broker gives it back before all others, which shall have a turn meanwhile."""
+        lost = delivery.lost_count
+        text = f"{lost} workers were lost with this job or handed it back"
+        if lost >= self._config.topology.delivery_limit:
+            raise PermanentJobError(ErrorCode.WORKER_LOST, f"{text}; it is not tried again")
+        if delivery.delivery_count >= _LOST_RUNNING:
+            raise TransientJobError(ErrorCode.WORKER_LOST, f"{text}; others have a turn first")
 
     def _stage(self, job: Job, draft: Draft) -> GenerationPlan:
         if not draft.input_uris:
@@ -166,21 +248,13 @@ class Coordinator:
         plan: GenerationPlan = self._settlement.in_place(job, self._config.limits.io_attempts)(stage)
         return plan
 
-    def _must_let_go(self) -> bool:
-        """Whether the drain takes too long, or somebody asked a second time: what is not done goes back."""
-        overdue = self._drain_deadline is not None and time.monotonic() > self._drain_deadline
-        return overdue or self._hand_back.is_set()
-
     def _split(self, plan: GenerationPlan) -> GenerationPlan:
         """The plan with its degrees: how the ranks share this job."""
         model = self._context.models[plan.model]
         degrees = model.degrees_for(plan, self._context.world, self._config.parallel.pinned())
         return replace(plan, **asdict(degrees), tiled=self._config.parallel.vae == "tiled")
 
-    def _wait(self, seconds: float) -> None:
-        self._hand_back.wait(seconds)  # a second SIGTERM ends a backoff as well
-
-    def _generate(self, job: Job, plan: GenerationPlan) -> Any:
+    def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> Any:
         world = self._context.world
         degrees = {name: getattr(plan, name) for name in ("cfg_degree", "ulysses_degree", "ring_degree")}
         self._reporter.job("started", job, {**degrees, "world_size": world.world_size})
@@ -189,49 +263,25 @@ class Coordinator:
         deadline = time.monotonic() + plan.time_limit_seconds
 
         def decide() -> Stop:
-            if plan.job_id in self._cancelled:
-                return Stop.CANCELLED
-            if time.monotonic() > deadline:
+            stop = self._asked.stop(plan.job_id)
+            if stop is not Stop.CANCELLED and time.monotonic() > deadline:
                 return Stop.TIME_LIMIT_EXCEEDED
-            return Stop.HAND_BACK if self._must_let_go() else Stop.NO
+            return stop
 
         def attempt() -> Any:
-            clock = _StepClock()
+            clock = StepClock()
 
             def progress(phase: str, step: int, steps: int) -> None:
-                seconds = clock.tick(phase, step)
-                eta = None if seconds is None else round(seconds * (steps - step), 3)
-                data = {
-                    "phase": phase,
-                    "step": step,
-                    "steps": steps,
-                    "seconds_per_step": seconds,
-                    "eta_seconds": eta,
-                }
-                self._reporter.progress(job, data)
+                self._reporter.progress(job, clock.tick(phase, step, steps))
 
             self._context.state.set("generating", phase="encode", job_id=job.job_id)
-            world.broadcast_command(Generate(plan))
-            frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
+            with DivergenceWatch(self._context, lambda outcomes: self._end_diverged(job, delivery, outcomes)):
+                world.broadcast_command(Generate(plan))
+                frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
             raise_for_outcomes(outcomes or [])
             return frames
 
         return self._settlement.in_place(job, self._config.limits.generate_attempts)(attempt)
-
-
-class _StepClock:
-    """Seconds a step, over the steps of one attempt so far."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-
-    def tick(self, phase: str, step: int) -> float | None:
-        now_ = time.monotonic()
-        if phase != "denoise" or self._first is None:
-            self._first = (step, now_) if phase == "denoise" else None
-            return None
-        first_step, first_time = self._first
-        return round((now_ - first_time) / (step - first_step), 4) if step > first_step else None
 
 
 def _attempt_of(delivery: Delivery) -> int:

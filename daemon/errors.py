@@ -4,7 +4,9 @@ Job errors end a job (`PermanentJobError`) or have it tried again (`TransientJob
 process with a documented exit status. Nothing in reeld decides by an error's text.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
+from typing import Any
 
 
 class ExitStatus(IntEnum):
@@ -105,4 +107,11 @@ class UnroutablePublishError(PublishError):
 
 
 class GroupBrokenError(ReeldError):
-    """Raised when the ranks no longer agree: the process group must be started afresh."""
+    """Raised when the ranks no longer agree: the process group must be started afresh.
+
+    `outcomes` are those (`parallel.plan.Outcome`) that were reported; the others never will be.
+    """
+
+    def __init__(self, message: str, outcomes: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.outcomes = tuple(outcomes)

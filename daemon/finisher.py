@@ -6,7 +6,7 @@ Leaves out generating the frames (`daemon.coordinator`) and the files themselves
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,22 @@ class Finisher:
         if earlier is not None:
             earlier.result()
 
+    def has(self, job_id: str) -> bool:
+        """Whether the job is being finished, or waits for it. For any thread."""
+        future = self._running.get(job_id)
+        return future is not None and not future.done()
+
+    def wait_for_all(self, *, timeout_seconds: float) -> None:
+        """Gives what is being finished some time, before the process ends."""
+        wait(list(self._running.values()), timeout=timeout_seconds)
+
     def close(self) -> None:
         """Waits until all is finished."""
         self._thread.shutdown(wait=True)
+
+    def has_manifest(self, job_id: str) -> bool:
+        """Whether the job was done before. For any thread."""
+        return self._storage.read_manifest(job_id) is not None
 
     def answer_from_manifest(self, job: Job, delivery: Delivery) -> bool:
         """Whether the job was done before: then its terminal event was published again.
@@ -117,7 +130,7 @@ class Finisher:
 
     def _commit(self, generated: Generated) -> bool:
         job, delivery = generated.job, generated.delivery
-        write = self._settlement.in_place(job, self._config.limits.io_attempts)
+        write = self._settlement.in_place(job, self._config.limits.io_attempts, cancellable=False)
         manifest = write(self._write, generated, time.monotonic())
         self._state.finishing(job.job_id)  # the broker may be away for as long as it likes
         _check_same_request(manifest, job)

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from daemon.consumer import EXPIRES_HEADER, Delivery
+from daemon.consumer import EXPIRES_HEADER, LOST_HEADER, Delivery
 from daemon.errors import ErrorCode, JobError
 from daemon.events import CONTENT_TYPE, Event, job_event, worker_event
 from daemon.job import Job
@@ -63,6 +63,13 @@ class Reporter:
         if phase != self._progress_phase or now - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
             self._progress_at, self._progress_phase = now, phase
             self.job("progress", job, data)
+
+    def cancel_noted(self, job_id: str, data: dict[str, Any]) -> None:
+        """Offers the answer to a cancel: what this worker knows of the job."""
+        event = job_event(
+            "cancel_noted", job_id=job_id, worker_id=self._worker_id, data={"worker_id": self._worker_id, **data}
+        )
+        self._publisher.offer(self._message(event, persistent=False))
 
     def terminal(self, name: str, job: Job, data: dict[str, Any]) -> None:
         """Publishes a terminal event, mandatory and confirmed, and to `reply_to` where the job has one.
@@ -124,7 +131,7 @@ class Reporter:
             job,
             {"delay_seconds": delay_seconds, "code": str(error.code), "message": error.message},
         )
-        headers = {ATTEMPT_HEADER: job.attempt + 1}
+        headers = {ATTEMPT_HEADER: job.attempt + 1, LOST_HEADER: delivery.lost_count}
         if delivery.expires_at is not None:
             headers[EXPIRES_HEADER] = round(delivery.expires_at * 1000)
         self._publish_copy(

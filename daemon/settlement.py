@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog
 import tenacity
 
+from daemon.cancellations import Cancellations
 from daemon.consumer import Consumer, Delivery
 from daemon.errors import (
     JobCancelled,
@@ -27,7 +28,7 @@ log = structlog.get_logger("job")
 
 
 class Settlement:
-    """Settles deliveries. `wait(seconds)` is the pause between two tries in place; it may end sooner."""
+    """Settles deliveries. `pause(seconds, job_id)` waits between two tries in place, and raises what ends the job."""
 
     def __init__(
         self,
@@ -35,12 +36,14 @@ class Settlement:
         reporter: Reporter,
         *,
         retry_delays_seconds: tuple[int, ...],
-        wait: Callable[[float], None],
+        pause: Callable[[float, str | None], None],
+        cancellations: Cancellations,
     ) -> None:
         self._consumer = consumer
         self._reporter = reporter
         self._ladder = retry_delays_seconds
-        self._wait = wait
+        self._pause = pause
+        self._cancellations = cancellations
 
     def settle(self, job: Job, delivery: Delivery, work: Callable[[], bool]) -> None:
         """Runs `work` and gives its errors their consequence. `work` returns whether the delivery may be acked."""
@@ -84,8 +87,11 @@ class Settlement:
             return False
         return True
 
-    def in_place(self, job: Job, attempts: int) -> tenacity.Retrying:
-        """Backoff for a transient reason, in the process, with the delivery unacked."""
+    def in_place(self, job: Job, attempts: int, *, cancellable: bool = True) -> tenacity.Retrying:
+        """Backoff for a transient reason, in the process, with the delivery unacked.
+
+        Raises JobHandedBack when the daemon must stop meanwhile, JobCancelled when a `cancellable` job is cancelled.
+        """
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
@@ -102,7 +108,7 @@ class Settlement:
             retry=tenacity.retry_if_exception_type(TransientJobError),
             stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
-            sleep=self._wait,
+            sleep=lambda seconds: self._pause(seconds, job.job_id if cancellable else None),
             before_sleep=before_sleep,
             reraise=True,
         )
@@ -115,5 +121,6 @@ class Settlement:
         return self.publish(delivery, lambda: self._reporter.retry_later(job, delivery, error, delay_seconds=delay))
 
     def _fail(self, job: Job, delivery: Delivery, error: JobError) -> bool:
+        self._cancellations.forget(job.job_id)  # it came too late: there is one end, and this is it
         log.error("job_failed", code=str(error.code), reason=error.message, path=error.path)
         return self.publish(delivery, lambda: self._reporter.failed(job, delivery, error))

@@ -40,7 +40,12 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
         },
         **{f"job_{name}": _status_channel(prefix, "job", "job_id", name) for name in JOB_EVENTS},
         **{f"worker_{name}": _status_channel(prefix, "worker", "worker_id", name) for name in WORKER_EVENTS},
-        "cancel": _control_channel(prefix, "cancel", "job_id", "Ends a job; an empty message is enough"),
+        "cancel": _control_channel(
+            prefix,
+            "cancel",
+            "job_id",
+            "Ends a job, running or queued; an empty message is enough. Each worker answers: job_cancel_noted",
+        ),
         "drain": _control_channel(prefix, "drain", "worker_id", "The worker finishes its job and stops"),
     }
     return {

@@ -4,7 +4,7 @@ Owns the shapes that watchers may rely on; a newer worker may add fields. Leaves
 names (`daemon.events`).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -105,6 +105,18 @@ class Cancelled(_Data):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
+class CancelNoted(_Data):
+    """A worker's answer to a cancel; each worker gives one. No end of the job: that is `cancelled`, or another."""
+
+    job_id: str
+    worker_id: str
+    state: Literal["running", "finishing", "succeeded", "unknown"] = Field(
+        description="what this worker knows: it stops at the next step; it is too late, the video is being written; it "
+        "was done before; it is not here, and if it comes while the cancel is remembered, it does not start"
+    )
+    remembered_seconds: float
+
+
 class RankHealth(_Data):
     rank: int
     state: str
@@ -145,6 +157,7 @@ JOB_EVENTS: dict[str, type[_Data]] = {
     "succeeded": Succeeded,
     "failed": Failed,
     "cancelled": Cancelled,
+    "cancel_noted": CancelNoted,
 }
 WORKER_EVENTS: dict[str, type[_Data]] = {
     "heartbeat": Heartbeat,

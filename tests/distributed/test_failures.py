@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.harness import Ear, Worker, idle, job, publish, take, write_config
 
@@ -27,9 +28,10 @@ def own_models(models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(models, tmp_path / "models"))
 
 
-@pytest.mark.parametrize("fault", ["missing", "truncated", "wrong"])
-def test_bad_model_file_is_one_line_and_78(own_models: Path, tmp_path: Path, fault: str) -> None:
-    """A missing, truncated or wrong file ends `reeld run` with one line that names it, and exit 78."""
+@pytest.mark.parametrize("fault", ["missing", "truncated", "wrong", "corrupt", "wrong-shaped"])
+def test_row_30_bad_model_file(own_models: Path, tmp_path: Path, fault: str) -> None:
+    """A missing, truncated, corrupt, wrong or wrong-shaped shard ends `reeld run` with one line that names it, and exit
+    78, before any rank starts."""
     file = own_models / "tiny-i2v" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     match fault:
         case "missing":
@@ -39,11 +41,19 @@ def test_bad_model_file_is_one_line_and_78(own_models: Path, tmp_path: Path, fau
                 opened.truncate(file.stat().st_size - 100)
         case "wrong":
             shutil.copy(own_models / "tiny-i2v" / "diffusion_pytorch_model-00001-of-00003.safetensors", file)
+        case "corrupt":
+            with file.open("r+b") as opened:
+                opened.write(b"\xff" * 64)
+        case "wrong-shaped":
+            tensors = load_file(file)
+            name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+            save_file({**tensors, name: tensors[name].T.copy()[:-1]}, file)
     done = _run(write_config(tmp_path, own_models, nproc=2))
     assert done.returncode == 78
     lines = (done.stdout + done.stderr).strip().splitlines()
     assert len(lines) == 1, lines
     assert str(own_models / "tiny-i2v") in lines[0]
+    assert file.name in lines[0] or fault == "wrong-shaped", lines  # then all shards together are wrong
 
 
 def test_check_validates_and_stops(models: Path, tmp_path: Path) -> None:
@@ -64,7 +74,7 @@ def test_every_configuration_fault_at_once(tmp_path: Path) -> None:
         assert field in done.stderr
 
 
-def test_job_that_kills_its_worker_is_given_up(vhost: str, models: Path, tmp_path: Path) -> None:
+def test_row_16_job_that_always_kills_its_only_rank(vhost: str, models: Path, tmp_path: Path) -> None:
     """A job that took a process down as often as the delivery limit allows is dead-lettered with its reason."""
     config = write_config(tmp_path, models, nproc=1, topology="delivery_limit = 1")
     ear = Ear(vhost)
@@ -106,7 +116,7 @@ def test_ranks_die_with_a_killed_launcher(vhost: str, models: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("event", ["starting_ranks", "joined", "model_loaded"])
-def test_stop_while_starting_exits_0(vhost: str, models: Path, tmp_path: Path, event: str) -> None:
+def test_row_25_sigterm_while_starting(vhost: str, models: Path, tmp_path: Path, event: str) -> None:
     """SIGTERM before anything is consumed ends the daemon at once, with exit 0, whatever it was loading."""
     worker = Worker(write_config(tmp_path, models, nproc=2), vhost, tmp_path)
     try:

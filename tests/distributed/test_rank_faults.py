@@ -4,6 +4,7 @@ The ranks are told what to meet by `tests/faults/sitecustomize.py`; the product 
 all tests of a number of ranks: what each test leaves behind is a worker that does the next job.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from ops.private_broker import PrivateBroker
-from tests.harness import Ear, Faults, Seen, Worker, fresh_vhost, idle, job, publish, write_config
+from tests.harness import Ear, Faults, Seen, Worker, fresh_vhost, idle, job, publish, take, write_config
 
 STALL = """
 [stall]
@@ -47,14 +48,11 @@ class Running:
         assert files == ([".json", ".mp4"] if name == "succeeded" else [])
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def running(
-    request: pytest.FixtureRequest, broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    ranks: int = request.param
-    folder = tmp_path_factory.mktemp("faults")
+@contextlib.contextmanager
+def _running(ranks: int, broker: PrivateBroker, models: Path, folder: Path) -> Iterator[Running]:
     config = write_config(folder, models, nproc=ranks, topology="retry_delays_seconds = [1, 2]")
-    config.write_text(config.read_text() + STALL)
+    text = config.read_text().replace("outcome_grace_seconds = 10", "outcome_grace_seconds = 5")
+    config.write_text(text + STALL)
     faults = Faults(folder)
     with fresh_vhost(broker) as url:
         ear = Ear(url)
@@ -67,10 +65,123 @@ def running(
             ear.close()
 
 
+@pytest.fixture(scope="module")
+def one_rank(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with _running(1, broker, models, tmp_path_factory.mktemp("one")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def two_ranks(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with _running(2, broker, models, tmp_path_factory.mktemp("two")) as running:
+        yield running
+
+
+@pytest.fixture
+def running(ranks: int, request: pytest.FixtureRequest) -> Running:
+    """The worker of that number of ranks, which earlier tests may have used."""
+    worker: Running = request.getfixturevalue({1: "one_rank", 2: "two_ranks"}[ranks])
+    return worker
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_14_rank_0_killed(running: Running) -> None:
+    """`kill -9` of rank 0 in mid-job: the group starts again, the job comes back with a higher count, and ends once."""
+    message = job()
+    running.faults.tell(message, "die", rank=0, step=2)
+    before = running.pids()
+    begun = len(running.worker.lines())
+    assert running.do(message).name == "succeeded"
+    running.ended_once(message, "succeeded")
+    logs = running.worker.logs()[begun:]
+    assert [line["redelivered"] for line in logs if line["event"] == "job_accepted"] == [False, True]
+    assert not any(psutil.pid_exists(pid) for pid in before.values()), "no rank of the old group is left"
+    assert running.worker.process.poll() is None, "the launcher lives on"
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_row_15_peer_killed(running: Running) -> None:
+    """`kill -9` of a peer in mid-job: the others stop within the grace, the group starts again, the job is done."""
+    message = job()
+    running.faults.tell(message, "die", rank=1, step=2)
+    before = running.pids()
+    begun = len(running.worker.lines())
+    assert running.do(message).name == "succeeded"
+    running.ended_once(message, "succeeded")
+    logs = running.worker.logs()[begun:]
+    assert [line["redelivered"] for line in logs if line["event"] == "job_accepted"] == [False, True]
+    assert not [line for line in logs if line["event"] == "survivors_killed"], "rank 0 ended by itself, at once"
+    assert not any(psutil.pid_exists(pid) for pid in before.values()), "no rank of the old group is left"
+
+
+@pytest.mark.timeout(600)  # the group starts three times
+@pytest.mark.parametrize("ranks", [2])
+def test_row_16_job_that_always_kills(running: Running) -> None:
+    """A job that kills a process each time is dead-lettered with `worker_lost` after the delivery limit, and a job
+    that waits behind it is done before that."""
+    deadly, other = job(), job()
+    running.faults.tell(deadly, "die", rank=1, step=1, times=None)
+    publish(running.url, deadly)
+    publish(running.url, other)
+    failed = running.end_of(deadly, timeout=400)
+    assert (failed.name, failed.data["code"]) == ("failed", "worker_lost")
+    running.ended_once(deadly, "failed")
+    ends = [seen.routing_key for seen in running.ear.all() if seen.name in ("succeeded", "failed")]
+    assert ends.index(f"job.{other['job_id']}.succeeded") < ends.index(failed.routing_key), "others go on in between"
+    assert len(running.ear.all(job_id=deadly["job_id"], name="started")) == 3, "as often as the delivery limit"
+    letters = take(running.url, "reeld.jobs.test.dead")
+    assert [properties.headers["x-reeld-code"] for properties, _ in letters] == ["worker_lost"]
+    assert "3 workers were lost" in letters[0][0].headers["x-reeld-message"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_17_out_of_memory_on_all(running: Running) -> None:
+    """Out of memory on every rank: failed for good at this shape, the processes live on, the next job is clean."""
+    message = job()
+    running.faults.tell(message, "oom", rank=None, step=1)
+    before = running.pids()
+    failed = running.do(message)
+    assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
+    running.ended_once(message, "failed")
+    assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1
+    assert running.do(job()).name == "succeeded"
+    assert running.pids() == before
+    codes = [properties.headers["x-reeld-code"] for properties, _ in take(running.url, "reeld.jobs.test.dead")]
+    assert codes == ["out_of_memory"]
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1)])
+def test_row_17_out_of_memory_on_one(running: Running, rank: int) -> None:
+    """Out of memory on one rank, while the others hang in a collective: the outcome is the same, failed for good
+    with that rank named; then the group starts again, and the next job is clean."""
+    message = job()
+    running.faults.tell(message, "oom", rank=rank, step=1)
+    failed = running.do(message)
+    assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
+    assert failed.data["message"].startswith(f"rank {rank}:")
+    assert running.do(job()).name == "succeeded"
+    running.ended_once(message, "failed")
+    assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1, "not tried again"
+    codes = [properties.headers["x-reeld-code"] for properties, _ in take(running.url, "reeld.jobs.test.dead")]
+    assert codes == ["out_of_memory"]
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_rank_that_raises_alone(running: Running) -> None:
+    """A rank that raises alone ends the group within the grace; the job goes to the retry ladder with the error of
+    that rank, and is done by the next attempt."""
+    message = job()
+    running.faults.tell(message, "raise", rank=1, step=1)
+    done = running.do(message)
+    assert (done.name, done.data["attempt"]) == ("succeeded", 2)
+    running.ended_once(message, "succeeded")
+    retrying = running.ear.all(job_id=message["job_id"], name="retrying")
+    assert [(seen.data["code"], "told by a test" in seen.data["message"]) for seen in retrying] == [("internal", True)]
+
+
 @pytest.mark.parametrize(
-    ("running", "rank", "action"),
+    ("ranks", "rank", "action"),
     [(1, 0, "hang"), (2, 0, "hang_in_c"), (2, 1, "hang"), (2, 1, "stop")],
-    indirect=["running"],
 )
 def test_row_18_hung_rank(running: Running, rank: int, action: str) -> None:
     """A rank that hangs (in Python, in C with the GIL held, or stopped) is noticed within its stall limit, the stacks
@@ -94,3 +205,13 @@ def test_row_18_hung_rank(running: Running, rank: int, action: str) -> None:
         assert any("_act" in frame for thread in stacks[rank] for frame in thread["frames"]), "where it hangs"
     assert len([line for line in logs if line["event"] == "job_accepted" and line["redelivered"]]) == 1
     assert not any(psutil.pid_exists(pid) for pid in before.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_25_sigterm_when_idle(running: Running) -> None:
+    """SIGTERM to an idle daemon ends it at once with 0. The last test of its worker, all of whose lines parse."""
+    running.ear.wait(idle, after=running.ear.count, worker=running.worker)
+    assert running.worker.drain() == 0, running.worker.tail()
+    logs = running.worker.logs()
+    assert logs[-1]["event"] == "stopped"
+    assert {line["rank"] for line in logs} == {None, *range(running.ranks)}

@@ -1,0 +1,199 @@
+"""How long reeld takes to work again: after `kill -9` of a peer, and after a restart of its broker.
+
+`make bench-recovery ARGS="--runs 20"`. Each recovery is measured beside the floor that it cannot beat, run by run, so
+that both meet the same machine:
+
+- a peer is killed in mid-denoising; recovered: the first denoising step of the same job, redelivered. Floor: as many
+  processes as there are ranks start Python and load the same models through DiffSynth alone: no groups, no broker.
+- a broker is killed and started again; recovered: the daemon consumes again. Floor: the broker's own start.
+
+Leaves out how the floors might be lowered. Prints Markdown, and writes it and JSON into `--out`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ops.private_broker import PrivateBroker
+from tests.harness import Ear, Worker, idle, job, publish, write_config
+
+_LOAD = """
+import sys
+from pathlib import Path
+import torch
+from diffsynth.core import ModelConfig
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from parallel.profile import check_model_folder, load_profile
+from parallel.tiny_registry import register_tiny_models
+register_tiny_models()
+for name in ("tiny-t2v", "tiny-i2v"):
+    files = check_model_folder(load_profile(name), Path(sys.argv[1]) / name)
+    WanVideoPipeline.from_pretrained(
+        torch_dtype=torch.float32, device="cpu", redirect_common_files=False,
+        model_configs=[
+            ModelConfig(path=[str(path) for path in paths] if len(paths) > 1 else str(paths[0]))
+            for paths in files.paths.values()
+        ],
+        tokenizer_config=ModelConfig(path=str(files.tokenizer)),
+    )
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("recovery-output"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
+        rows = _measure(Path(folder), runs=arguments.runs, ranks=arguments.ranks)
+    report = {
+        "runs": arguments.runs,
+        "ranks": arguments.ranks,
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "seconds": rows,
+        "summary": {
+            "peer": _summary(rows["peer"], rows["process_floor"]),
+            "broker": _summary(rows["broker"], rows["broker_floor"]),
+        },
+    }
+    text = _markdown(report)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "recovery.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "recovery.md").write_text(text)
+    print(text)
+    return 0
+
+
+def _measure(folder: Path, *, runs: int, ranks: int) -> dict[str, list[float]]:
+    models = folder / "models"
+    script = "import sys; from pathlib import Path; from parallel.tiny import write_tiny_model; "
+    script += "write_tiny_model(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", script, str(models)], check=True, capture_output=True)
+    rows: dict[str, list[float]] = {"peer": [], "process_floor": [], "broker": [], "broker_floor": []}
+    with PrivateBroker(folder / "broker") as broker:
+        config = write_config(folder, models, nproc=ranks, topology="delivery_limit = 100")
+        ear = Ear(broker.amqp_url)
+        worker = Worker(config, broker.amqp_url, folder)
+        try:
+            ear.wait(idle, worker=worker)
+            for run in range(runs):
+                rows["peer"].append(_kill_peer(worker, ear, broker.amqp_url, ranks))
+                rows["process_floor"].append(_load_models(models, ranks))
+                print(f"peer {run + 1}/{runs}: {rows['peer'][-1]:.2f} s, floor {rows['process_floor'][-1]:.2f} s")
+            ear.close()
+            for run in range(runs):
+                floor, seconds = _restart_broker(worker, broker)
+                rows["broker_floor"].append(floor)
+                rows["broker"].append(seconds)
+                print(f"broker {run + 1}/{runs}: {seconds:.2f} s, floor {floor:.2f} s")
+            worker.drain()
+        finally:
+            worker.end()
+    return rows
+
+
+def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> float:
+    """Seconds from the kill to the first step of the redelivered job."""
+    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 60, "height": 128, "width": 192})
+    key = f"job.{message['job_id']}.progress"
+    publish(url, message)
+    ear.wait(lambda seen: seen.routing_key == key and seen.data["phase"] == "denoise", worker=worker)
+    count = ear.count
+    peer = {line["rank"]: line["pid"] for line in worker.logs() if line["rank"] is not None}[ranks - 1]
+    killed = time.time()
+    os.kill(peer, signal.SIGKILL)
+    started = ear.wait(
+        lambda seen: seen.routing_key == f"job.{message['job_id']}.started", after=count, worker=worker, timeout=300
+    )
+    number = next(n for n, seen in enumerate(ear.all()) if seen.event["id"] == started.event["id"])
+    step = ear.wait(
+        lambda seen: seen.routing_key == key and seen.data["phase"] == "denoise", after=number, worker=worker
+    )
+    ear.terminal(message["job_id"], worker=worker, timeout=300)
+    return _seconds(step.event["time"]) - killed
+
+
+def _load_models(models: Path, ranks: int) -> float:
+    """Seconds in which as many processes start and load the models."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begun = time.monotonic()
+    command = [sys.executable, "-c", _LOAD, str(models)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(ranks)
+    ]
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise RuntimeError("a process could not load the models")
+    return time.monotonic() - begun
+
+
+def _restart_broker(worker: Worker, broker: PrivateBroker) -> tuple[float, float]:
+    """Seconds from the broker's start until it is ready, and until the daemon consumes again."""
+    consuming = _count_consuming(worker)
+    broker.kill()
+    begun = time.time()
+    broker.start()
+    floor = time.time() - begun
+    deadline = time.monotonic() + 300
+    while _count_consuming(worker) == consuming:
+        if worker.process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(worker.tail())
+        time.sleep(0.2)  # a growing file offers no event; what counts is the line's own time
+    again = [line for line in worker.logs() if line["event"] == "consuming"][-1]
+    time.sleep(2)  # on every broker a kill soon after a declare may lose the queue
+    return floor, _seconds(again["timestamp"]) - begun
+
+
+def _count_consuming(worker: Worker) -> int:
+    return sum('"consuming"' in line and '"event": "consuming"' in line for line in worker.lines())
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
+
+
+def _summary(seconds: list[float], floor: list[float]) -> dict[str, Any]:
+    p50, floor_p50 = statistics.median(seconds), statistics.median(floor)
+    return {
+        "p50": round(p50, 2),
+        "max": round(max(seconds), 2),
+        "floor_p50": round(floor_p50, 2),
+        "floor_max": round(max(floor), 2),
+        "ratio_p50": round(p50 / floor_p50, 2),
+    }
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    names = {
+        "peer": f"`kill -9` of a peer ({report['ranks']} ranks) to the next first step; floor: processes and models",
+        "broker": "broker started again to consuming again; floor: broker start",
+    }
+    load = ", ".join(f"{each:.1f}" for each in report["load_average"])
+    lines = [
+        f"n = {report['runs']} runs each, {report['cpus']} CPUs, load average at the end {load}.",
+        "",
+        "| recovery | p50 s | max s | floor p50 s | floor max s | p50 / floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, name in names.items():
+        row = report["summary"][key]
+        lines.append(
+            f"| {name} | {row['p50']} | {row['max']} | {row['floor_p50']} | {row['floor_max']} | {row['ratio_p50']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
