@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers storm soak fuzz bench-recovery check clean
+.PHONY: help install demo test test-brokers test-tasks storm soak fuzz bench-recovery check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ storm: install ## JOBS=1000 jobs under FAULTS faults (one for five jobs), by SEE
 
 soak: install ## jobs without a pause for MINUTES=15, and whether memory, threads, descriptors or queues grow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.soak --minutes $(or $(MINUTES),15) $(ARGS)
+
+test-tasks: install ## every task on 1, 2, 3 and 4 ranks against plain DiffSynth, in every split (6 minutes)
+	OMP_NUM_THREADS=1 REELD_EVERY_TASK=1 $(BIN)/pytest tests/distributed/test_tasks.py
 
 fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py

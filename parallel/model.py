@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffsynth.models.wan_video_dit_s2v import WanS2VModel
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from torch.distributed.tensor import DTensor
@@ -17,6 +18,8 @@ from transformers import Wav2Vec2Processor
 
 from parallel.conditions import PromptCache
 from parallel.forward import prepare_dit, shape_of
+from parallel.forward_s2v import prepare_s2v
+from parallel.forward_vace import prepare_vace
 from parallel.layouts import StoredTensor, read_tensors
 from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
 from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
@@ -95,8 +98,13 @@ def load_model(
     loader.finish()
     _complete(pipeline, files, world)
     dits = {name: dit for name in _DITS if (dit := getattr(pipeline, name)) is not None}
+    compile_blocks = compile_blocks and memory.strategy != "vram_limit"
     for dit in dits.values():
-        prepare_dit(dit, compile_blocks=compile_blocks and memory.strategy != "vram_limit")
+        prepare = prepare_s2v if isinstance(dit, WanS2VModel) else prepare_dit
+        prepare(dit, compile_blocks=compile_blocks)
+    for vace in (pipeline.vace, pipeline.vace2):
+        if vace is not None:
+            prepare_vace(vace, compile_blocks=compile_blocks)
     return LoadedModel(
         files=files,
         pipeline=pipeline,

@@ -6,6 +6,7 @@ whole sequence's table on the CPU in complex128 at every forward and rotates in 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,12 @@ class RopeTables:
         """For the tokens [begin, begin + length) of `grid`; rows up to `padded` rotate by nothing."""
         head_dim = 2 * sum(part.shape[1] for part in dit.freqs)
         key = (head_dim, grid, begin, length, padded)
+        return self.kept(key, lambda: _table(dit, grid, begin, length, padded, self._device))
+
+    def kept(self, key: tuple[object, ...], make: Callable[[], RopeTable]) -> RopeTable:
+        """The table under `key`, or what `make` makes; the least recently used one goes."""
         if key not in self._tables:
-            self._tables[key] = _table(dit, grid, begin, length, padded, self._device)
+            self._tables[key] = make()
             if len(self._tables) > _TABLES_KEPT:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)

@@ -1,7 +1,7 @@
 """The same cases as `reference.py` through reeld's own ranks: torchrun -m tests.distributed.ours CASES.json OUTPUT.
 
-Runs each case with every split that its number of heads allows on this many ranks, or with the first few; an output's
-name is the case's, "|", and the split.
+Runs each case with the first few (`splits`) of the splits that its number of heads allows on this many ranks, or with
+one that its `split` picks; an output's name is the case's, "|", and the split. `staged` are the plan's inputs.
 """
 
 import json
@@ -35,27 +35,30 @@ def main() -> None:
             models[key] = load_model(files, world=world, dtype=case["dtype"])
         model = models[key]
         own = model.pipeline.dit
-        if case["dit"]:
+        if case.get("dit"):
             model.pipeline.dit = random_dit(**case["dit"])
             prepare_dit(model.pipeline.dit, compile_blocks=False)
         arguments = dict(case["arguments"])
         thresholds = {"tea_cache_l1_thresh": arguments.pop("tea_cache_l1_thresh", None)}
         arguments.pop("tea_cache_model_id", None)
-        for degrees in list(
+        boundary = arguments.pop("switch_DiT_boundary", 0.875)
+        inputs = {"input_image": case.get("input_image")} | case.get("staged", {})
+        possible = list(
             possible_degrees(
                 world_size=world.world_size,
                 num_heads=model.pipeline.dit.blocks[0].num_heads,
                 guided=arguments["cfg_scale"] != 1,
             )
-        )[: case["splits"]]:
+        )
+        for degrees in possible[: case["splits"]] if "splits" in case else [possible[case["split"] % len(possible)]]:
             plan = GenerationPlan(
                 job_id=case["name"],
                 attempt=1,
                 task="",
                 model=folder.name,
-                switch_boundary=0.875,
-                input_image=case["input_image"],
+                switch_boundary=boundary,
                 time_limit_seconds=600,
+                **inputs,
                 **thresholds,
                 **asdict(degrees),
                 **arguments,
