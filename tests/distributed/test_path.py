@@ -116,7 +116,7 @@ def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
     (work / "cases.json").write_text(json.dumps([{**case, "arguments": arguments}]))
     module = ["-m", "tests.distributed.reference"]
     command = [sys.executable, *module, str(work / "cases.json"), str(work / "reference.safetensors")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
     frames = load_file(work / "reference.safetensors")["one"]
     return np.clip((frames + 1) * 127.5, 0, 255).astype(np.uint8)
 
@@ -388,5 +388,5 @@ def test_row_25_sigterm_in_mid_job(running: Running) -> None:
     assert {line["rank"] for line in of_rank_1} == {1}
     assert of_rank_1[-1]["event"] == "left"
     captured = " ".join(line.get("text", "") for line in logs if line["event"] == "captured_output")
-    assert "Loading models from" in captured, "DiffSynth's prints are log lines"
+    assert "parallel_state" in captured, "what xfuser prints is in log lines"
     assert time.monotonic() - begun < 60

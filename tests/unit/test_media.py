@@ -151,7 +151,7 @@ def test_sound_becomes_one_channel_at_16_khz(media: Path, tmp_path: Path, name: 
     samples = np.load(target)
     seconds = 7 / 8 if name == "seven.mp4" else 2
     assert samples.dtype == np.float32
-    assert abs(len(samples) / 16_000 - seconds) < 0.1
+    assert abs(len(samples) / 16_000 - seconds) < 0.2  # codecs pad, and -shortest cuts at a packet
     loudest = np.abs(np.fft.rfft(samples)).argmax() * 16_000 / len(samples)
     assert abs(loudest - 440) < 2
 
