@@ -56,7 +56,8 @@ class _Faults:
         if self._attempt != attempt or name == "WanTextEncoder":
             self._attempt, self._counts["DiTBlock"], self._embedding = attempt, -1, None
         if name == "DiTBlock":
-            embedding = float(arguments[2].double().sum())
+            # reeld's own forward hands the time embedding to its blocks in a dataclass, DiffSynth's as a tensor.
+            embedding = float(getattr(arguments[2], "projected", arguments[2]).double().sum())
             if embedding == self._embedding:
                 return  # the other branch of the same step
             self._embedding = embedding
