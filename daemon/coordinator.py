@@ -5,6 +5,7 @@ out the commit (`daemon.finisher`), what becomes of a delivery (`daemon.settleme
 which are passed in.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -103,15 +104,10 @@ class Coordinator:
         self._answers.submit(self._answer_cancel, job_id, running=running, finishing=finishing)
 
     def _answer_cancel(self, job_id: str, *, running: bool, finishing: bool) -> None:
-        if running:
-            state = "running"
-        elif finishing:
-            state = "finishing"
-        else:
-            try:
-                state = "succeeded" if self._finisher.has_manifest(job_id) else "unknown"
-            except JobError:  # the storage is away
-                state = "unknown"
+        state = "running" if running else "finishing" if finishing else "unknown"
+        with contextlib.suppress(JobError):  # the storage is away
+            if self._finisher.has_manifest(job_id):
+                state = "succeeded"
         log.info("cancel_noted", job_id=job_id, state=state)
         self._reporter.cancel_noted(
             job_id, {"state": state, "remembered_seconds": self._config.limits.cancel_memory_seconds}
