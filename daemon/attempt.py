@@ -7,7 +7,7 @@ what the verdict means for the job (`daemon.coordinator`).
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -123,14 +123,14 @@ class DivergenceWatch:
                         self._on_diverged(world.reported_outcomes())
 
 
-def raise_for_outcomes(outcomes: list[Outcome]) -> None:
-    """Raises what the ranks' outcomes mean for the job; nothing when all went well."""
+def raise_for_outcomes(outcomes: Sequence[Outcome], *, world_size: int) -> None:
+    """Raises what the ranks' outcomes, as far as there are any, mean for the job; nothing when all went well."""
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if not failed:
         return
     # A rank that could not go on because of another one's error says `internal`; the cause says more.
     first = next((outcome for outcome in failed if outcome.code != "internal"), failed[0])
-    text = f"rank {first.rank}: {first.message}" if len(outcomes) > 1 else first.message
+    text = f"rank {first.rank}: {first.message}" if world_size > 1 else first.message
     match first.code:
         case "cancelled":
             raise JobCancelled

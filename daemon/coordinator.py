@@ -168,7 +168,7 @@ class Coordinator:
         """What a broken group's ranks did report decides for the job; with no failure among it, the job comes back."""
 
         def verdict() -> bool:
-            raise_for_outcomes(list(outcomes))
+            raise_for_outcomes(outcomes, world_size=self._context.world.world_size)
             return False
 
         self._settlement.settle(job, delivery, verdict)
@@ -274,7 +274,7 @@ class Coordinator:
             with DivergenceWatch(self._context, lambda outcomes: self._end_diverged(job, delivery, outcomes)):
                 world.broadcast_command(Generate(plan))
                 frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
-            raise_for_outcomes(outcomes or [])
+            raise_for_outcomes(outcomes or [], world_size=world.world_size)
             return frames
 
         return self._settlement.in_place(job, self._config.limits.generate_attempts)(attempt)
