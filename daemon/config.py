@@ -203,6 +203,9 @@ class Config(BaseSettings):
         "resident", description="where the weights are; docs/memory.md says what each costs"
     )
     vram_limit_gib: float | None = Field(None, gt=0, description="with memory = vram_limit: how full the GPU may be")
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="a job that would need more on a rank is refused; by default what the GPU has"
+    )
     heartbeat_seconds: float = Field(5, gt=0, le=60)
     work_directory: Path = Field(Path("/var/lib/reeld/work"), description="staged inputs; shared between nodes")
     broker: BrokerConfig = BrokerConfig()

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import structlog
 from structlog.contextvars import bound_contextvars
 
+from daemon.admission import check_fits
 from daemon.asked import Asked
 from daemon.attempt import DivergenceWatch, RankContext, attempt_plan, raise_for_outcomes
 from daemon.cancellations import Cancellations
@@ -248,7 +249,14 @@ class Coordinator:
         """The plan with its degrees: how the ranks share this job."""
         model = self._context.models[plan.model]
         degrees = model.degrees_for(plan, self._context.world, self._config.parallel.pinned())
-        return replace(plan, **asdict(degrees), tiled=self._config.parallel.vae == "tiled")
+        split = replace(plan, **asdict(degrees), tiled=self._config.parallel.vae == "tiled")
+        capacity = self._context.world.memory_capacity_bytes
+        if self._config.memory_limit_gib is not None:
+            capacity = int(self._config.memory_limit_gib * 2**30)
+        if capacity is not None:
+            sizes = {name: each.sizes for name, each in self._context.models.items()}
+            check_fits(split, sizes, self._config, capacity_bytes=capacity)
+        return split
 
     def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> Any:
         world = self._context.world

@@ -236,6 +236,60 @@ def topology_check(config: ConfigOption = None) -> None:
     topology.check(config)
 
 
+@app.command()
+def plan(
+    config: ConfigOption = None,
+    profile: Annotated[str | None, typer.Option(help="A profile's name or file, instead of --config.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Its folder; without one torch is needed (slow).")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, max=64, help="Default: as configured, else 1.")] = None,
+    memory: Annotated[str | None, typer.Option(help="resident, encoder_offload, fsdp or vram_limit.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="1: one branch only.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Say whether it fits; ends with 1 when it does not.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
+) -> None:
+    """Print the memory that a job would take on each rank, part by part, before anything loads.
+
+    Examples:
+
+        reeld plan --config /etc/reeld/reeld.toml --num-frames 81
+
+        reeld plan --profile wan2.1-t2v-14b --ranks 2 --memory fsdp --gpu-memory 80
+    """
+    from ops import memory_plan as command
+
+    found = command.plan(
+        command.asked(
+            config,
+            profile=profile,
+            folder=folder,
+            ranks=ranks,
+            memory=memory,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            cfg_scale=cfg_scale,
+            dtype=dtype,
+            gpu_memory_gib=gpu_memory,
+        )
+    )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo("\n".join(command.table(found)))
+    if not found.get("fits", True):
+        raise typer.Exit(1)
+
+
 @app.command("tiny-model")
 def tiny_model(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the model folders into.")],

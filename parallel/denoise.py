@@ -79,12 +79,14 @@ def denoise(
     finite, divergence = FiniteCheck(world.device), DivergenceCheck(world, interval=divergence_interval)
     pace = _Pace(world.device)
     expert, vace = pipeline.dit, pipeline.vace
+    pipeline.load_models_to_device(pipeline.in_iteration_models)
     for step, value in enumerate(timesteps):
         pace.wait()
         finite.raise_if_known()
         before_step(step)
         if value < guidance.switch_boundary * 1000 and pipeline.dit2 is not None and expert is not pipeline.dit2:
             expert, vace = pipeline.dit2, pipeline.vace2
+            pipeline.load_models_to_device(pipeline.in_iteration_models_2)
             for branch in branches:
                 branch.memory.residual = None
         timestep = scheduler.timesteps[step].unsqueeze(0).to(dtype=pipeline.torch_dtype, device=world.device)

@@ -29,6 +29,7 @@ from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles
 from parallel.rope import RopeTables
 from parallel.sharding import shard_blocks, warm_up_sharding
+from parallel.sizes import ModelSizes, read_sizes
 from parallel.split import CPU, CUDA, ParallelDegrees, PinnedDegrees, check_pins, choose_degrees
 from parallel.strategy import MemorySettings
 from parallel.tiny_registry import register_tiny_models
@@ -36,9 +37,8 @@ from parallel.vram import MANAGED, ManagedModels, manage_model
 from parallel.world import World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Used by DiffSynth's units, which rank 0 alone runs; the peers do without. The VAE's work is shared out.
 ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
-# What the peers do without.
-_ON_RANK_0_ONLY: tuple[str, ...] = ()
 _DITS = ("dit", "dit2")
 
 
@@ -47,6 +47,7 @@ class LoadedModel:
     """One model in this rank's memory."""
 
     files: ModelFiles
+    sizes: ModelSizes
     pipeline: WanVideoPipeline
     loras: LoraWeights
     tables: RopeTables
@@ -107,6 +108,7 @@ def load_model(
             prepare_vace(vace, compile_blocks=compile_blocks)
     return LoadedModel(
         files=files,
+        sizes=read_sizes(files),
         pipeline=pipeline,
         loras=LoraWeights(dits, world, cache_bytes=lora_cache_bytes),
         tables=RopeTables(world.device),
@@ -132,7 +134,7 @@ class _Loader:
         attribute = next((name for name in ATTRIBUTES[built.model_name] if getattr(self._pipeline, name) is None), None)
         if attribute is None:
             raise ValueError(f"more than {len(ATTRIBUTES[built.model_name])} models are a {built.model_name}")
-        alone = attribute in _ON_RANK_0_ONLY
+        alone = attribute in ENCODERS
         if alone and self._world.rank != 0:
             return
         module = built.module.eval().requires_grad_(False).to(dtype=self._dtype)
@@ -209,6 +211,8 @@ def _allocate(
 def _complete(pipeline: WanVideoPipeline, files: ModelFiles, world: World) -> None:
     if pipeline.vae is not None:
         pipeline.height_division_factor = pipeline.width_division_factor = pipeline.vae.upsampling_factor * 2
+    if world.rank != 0:
+        return
     pipeline.tokenizer = HuggingfaceTokenizer(name=str(files.tokenizer), seq_len=512, clean="whitespace")
     if files.audio_processor is not None:
         pipeline.audio_processor = Wav2Vec2Processor.from_pretrained(str(files.audio_processor))

@@ -14,6 +14,7 @@ from diffsynth.core.vram.initialization import skip_model_initialization
 
 from parallel.layouts import Layout
 from parallel.profile import ModelPart
+from parallel.tiny_registry import register_tiny_models
 
 # DiffSynth's names of models, and the pipeline's attributes that they become, in the order in which they are loaded;
 # as in `WanVideoPipeline.from_pretrained` of diffsynth 2.1.12.
@@ -73,3 +74,15 @@ def _build(entry: dict[str, Any], part: ModelPart, layout: Layout) -> BuiltModel
 def _load_name(dotted: str) -> Any:
     module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def layout_of(part: ModelPart) -> Layout:
+    """Names and shapes of a part's tensors without its files, from DiffSynth's classes; as its modules name them."""
+    register_tiny_models()
+    found: Layout = {}
+    for entry in MODEL_CONFIGS:
+        if entry["model_hash"] == part.model_hash:
+            with skip_model_initialization():
+                module: torch.nn.Module = _load_name(entry["model_class"])(**entry.get("extra_kwargs", {}))
+            found |= {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return found

@@ -80,6 +80,13 @@ class World:
         self._outcomes = dist.PrefixStore("reeld/outcome", store)
         self._sequence = 0
 
+    @property
+    def memory_capacity_bytes(self) -> int | None:
+        """What this rank's device has in all; None for a CPU, whose memory is not its own."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
     def broadcast_command(self, command: Command | None = None) -> Command:
         """Called by every rank. Rank 0 gives the command, the peers wait for it. Returns it on every rank.
 

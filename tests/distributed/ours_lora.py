@@ -6,6 +6,7 @@ Also writes OUTPUT.json: a hash of all the weights of every rank, before the cas
 import hashlib
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan, LoraPlan
 from parallel.profile import check_model_folder, load_profile
+from parallel.split import PinnedDegrees
 from parallel.world import World, join, read_launch
 
 
 def hash_weights(model: LoadedModel, world: World) -> list[str]:
-    """One hash a rank, over the bits of every tensor of the model."""
+    """One hash a rank, over the bits of every tensor that all ranks have: both DiTs and the VAE."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.pipeline.state_dict().items()):
+        if not name.startswith(("dit", "vae")):
+            continue
         digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     found = [digest.hexdigest()]
     if world.world_size > 1:
@@ -88,7 +92,10 @@ def main() -> None:
             assert isinstance(command, Generate)
             made = None
             if dtype == "float32":
-                made = generate_frames(command.plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO)
+                plan = replace(command.plan, **asdict(model.degrees_for(command.plan, world, PinnedDegrees())))
+                made = generate_frames(
+                    plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False
+                )
             else:
                 model.loras.set(command.plan.loras)
             hashes[f"{dtype} {case['name']}"] = hash_weights(model, world)

@@ -7,6 +7,7 @@ holds, whether the LoRA left the weights' bits as they were, and how a job ends 
 import hashlib
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import GenerationPlan, LoraPlan
 from parallel.profile import check_model_folder, load_profile
+from parallel.split import PinnedDegrees
 from parallel.strategy import MemorySettings
 from parallel.world import World, join, read_launch
 
@@ -77,7 +79,8 @@ def run(strategy: str, case: dict[str, Any], world: World) -> tuple[dict[str, to
     original, frames = hash_weights(model), {}
     for name, loras in (("plain", ()), ("lora", (lora,)), ("again", ())):
         plan = plan_of(case, loras)
-        made = generate_frames(plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO)
+        plan = replace(plan, **asdict(model.degrees_for(plan, world, PinnedDegrees())))
+        made = generate_frames(plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False)
         if made is not None:
             frames[f"{strategy} {name}"] = made.contiguous()
     told["same_bits"] = hash_weights(model) == original

@@ -1,0 +1,71 @@
+"""The memory model against what ranks really use, on a CPU, where every tensor can be counted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHAPE = {"height": 192, "width": 320, "num_frames": 9}
+ULYSSES = {"cfg_degree": 1, "ulysses_degree": 2, "ring_degree": 1}
+RING = {"cfg_degree": 1, "ulysses_degree": 1, "ring_degree": 2}
+
+
+def _case(models: Path, name: str, model: str = "tiny-t2v", **changed: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "folder": str(models / model),
+        "task": "text_to_video",
+        "strategy": "resident",
+        "dtype": "float32",
+        "tiled": False,
+        "shape": SHAPE,
+        "pinned": {},
+        **changed,
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_predictions_hold(ranks: int, models: Path, tmp_path: Path) -> None:
+    """Each rank's fullest moment, in each phase that is not nothing, is within 10 % of what was predicted."""
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 384, 3), dtype=np.uint8)).save(image)
+    cases = {
+        1: [
+            _case(models, "plain", shape={**SHAPE, "num_frames": 13}),
+            _case(models, "image", "tiny-i2v", task="image_to_video", image=str(image), dtype="bfloat16"),
+            _case(models, "tiled", tiled=True),
+            _case(models, "vram_limit", strategy="vram_limit"),
+        ],
+        2: [
+            _case(models, "cfg", dtype="bfloat16"),
+            _case(models, "ulysses", pinned=ULYSSES),
+            _case(models, "ring", pinned=RING),
+            _case(models, "fsdp", pinned=ULYSSES, strategy="fsdp"),
+        ],
+    }[ranks]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*launch, "-m", "tests.distributed.memory_ranks", str(tmp_path / "cases.json"), str(tmp_path / "told.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert len(told) == ranks
+    for rank, cases_told in enumerate(told):
+        for name, each in cases_told.items():
+            assert {"denoise", "decode"} <= each["predicted"].keys()
+            for phase, predicted in each["predicted"].items():
+                measured = each["measured"][phase]
+                assert abs(predicted - measured) <= 0.1 * measured, (rank, name, phase, predicted, measured)

@@ -1,0 +1,98 @@
+"""What `reeld plan` says, and what a daemon refuses, for real models that are not there."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.admission import check_fits
+from daemon.config import Config
+from daemon.errors import PermanentJobError
+from parallel.plan import GenerationPlan
+from parallel.profile import check_model_folder, load_profile
+from parallel.sizes import ModelSizes, read_sizes
+from parallel.strategy import MemorySettings
+from tests.unit.layouts import write_sparse_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 14B as published, without a byte of it on disk."""
+    return write_sparse_folder(load_profile("wan2.1-t2v-14b"), tmp_path_factory.mktemp("14b"))
+
+
+@pytest.fixture(scope="module")
+def sizes(folder: Path) -> ModelSizes:
+    return read_sizes(check_model_folder(load_profile("wan2.1-t2v-14b"), folder))
+
+
+def reeld_plan(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "ops.cli", "plan", "--profile", "wan2.1-t2v-14b", "--model", str(folder), "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, json.loads(done.stdout) if done.stdout else {"error": done.stderr}
+
+
+def test_sharding_halves_a_ranks_weights(folder: Path) -> None:
+    """The 14B on one rank: 28.6 GB of DiT and 11.4 GB of encoder; with fsdp on two ranks each has half the DiT."""
+    status, one = reeld_plan(folder)
+    assert status == 0
+    weights = one["ranks"][0]["weights"]
+    assert weights["dit"] == pytest.approx(28.58e9, rel=0.01)
+    assert weights["text_encoder"] == pytest.approx(11.36e9, rel=0.01)
+    status, two = reeld_plan(folder, "--ranks", "2", "--memory", "fsdp")
+    assert status == 0
+    assert [rank["weights"]["dit"] for rank in two["ranks"]] == [pytest.approx(weights["dit"] / 2, rel=0.03)] * 2
+    assert "text_encoder" not in two["ranks"][0]["weights"] | two["ranks"][1]["weights"]
+    assert two["ranks"][0]["phases"]["encode_text"]["text_encoder"] == weights["text_encoder"]
+    assert two["largest_total"] <= 0.6 * one["largest_total"]
+
+
+def test_what_does_not_fit_ends_with_1(folder: Path) -> None:
+    """With the GPU's size the plan says whether it fits, and the exit status says it too."""
+    assert [reeld_plan(folder, "--gpu-memory", size)[0] for size in ("80", "24")] == [0, 1]
+
+
+def test_a_strategy_that_cannot_work_is_a_usage_error(folder: Path) -> None:
+    """DiffSynth's VRAM management is for one rank; a strategy nobody knows is named with those that there are."""
+    status, told = reeld_plan(folder, "--ranks", "2", "--memory", "vram_limit")
+    assert (status, "for one rank" in told["error"]) == (2, True)
+    with pytest.raises(ValueError, match="resident, encoder_offload, fsdp, vram_limit"):
+        MemorySettings("turbo").check(world_size=1)
+    with pytest.raises(ValueError, match="not for resident"):
+        MemorySettings("resident", 8.0).check(world_size=1)
+
+
+def test_a_job_that_cannot_fit_is_refused(sizes: ModelSizes) -> None:
+    """`out_of_memory`, permanent, at `parameters`, with the figures; what fits is not refused."""
+    config = Config(models=[{"profile": "wan2.1-t2v-14b", "path": "/models"}])
+    plan = GenerationPlan(
+        job_id="a",
+        attempt=1,
+        task="text_to_video",
+        model="14b",
+        prompt="",
+        negative_prompt="",
+        seed=1,
+        height=720,
+        width=1280,
+        num_frames=81,
+        num_inference_steps=50,
+        cfg_scale=5.0,
+        sigma_shift=5.0,
+        switch_boundary=0.875,
+        input_image=None,
+        time_limit_seconds=60,
+    )
+    check_fits(plan, {"14b": sizes}, config, capacity_bytes=80 * 10**9)
+    with pytest.raises(
+        PermanentJobError, match=r"1280x720 with 81 frames would need 4\d\.\d\d GiB on rank 0"
+    ) as caught:
+        check_fits(plan, {"14b": sizes}, config, capacity_bytes=48 * 10**9)
+    assert (caught.value.code, caught.value.path, caught.value.retryable) == ("out_of_memory", "parameters", False)
+    check_fits(replace(plan, height=480, width=832), {"14b": sizes}, config, capacity_bytes=48 * 10**9)
+    with pytest.raises(PermanentJobError):
+        check_fits(plan, {"14b": sizes, "other": sizes}, config, capacity_bytes=80 * 10**9)
