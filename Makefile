@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers test-tasks storm soak fuzz bench-recovery check clean
+.PHONY: help install demo test test-brokers test-tasks storm soak fuzz bench-recovery bench-loading check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a
 
 bench-recovery: install ## seconds from a killed peer and a restarted broker to work again, beside their floors (RUNS=20)
 	$(BIN)/python -m benchmarks.recovery --runs $(or $(RUNS),20) $(ARGS)
+
+bench-loading: install ## as root: seconds to load a model from a cold disk, beside reading its files once
+	$(BIN)/python -m benchmarks.loading $(ARGS)
 
 check: install ## what a reviewer should not have to say: lint, format, types, who imports whom
 	$(BIN)/ruff check .

@@ -94,6 +94,7 @@ class TopologyConfig(Section):
 class ModelConfig(Section):
     profile: str = Field(description="name of a shipped profile, or the path of a TOML file")
     path: Path = Field(description="folder with the model's files")
+    checksums: bool = Field(False, description="check the files against SHA256SUMS in the folder; reads them once more")
 
 
 class LoraConfig(Section):

@@ -31,12 +31,13 @@ from daemon.reporter import Reporter
 from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
+from parallel.checksums import verify_checksums
 from parallel.engine import memory_bytes
 from parallel.loading import ReadError, Throttled
 from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
-from parallel.profile import ModelFiles
+from parallel.profile import ModelFiles, ModelFolderError
 from parallel.strategy import MemorySettings
 from parallel.world import HealthBoard, Launch, World, join, read_launch
 
@@ -80,7 +81,7 @@ def run_rank(config: Config) -> int:
 
 def _load(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> Mapping[str, LoadedModel]:
     models: dict[str, LoadedModel] = {}
-    for each in files:
+    for configured, each in zip(config.models, files, strict=True):
         name = each.profile.name
         state.set("loading", phase="load", work=name)
         begun = time.monotonic()
@@ -90,7 +91,13 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
             state.set("loading", phase="load", work=name, step=done_bytes, steps=total_bytes)
             told(done_bytes, total_bytes)
 
+        def on_file(path: Path, name: str = name) -> None:
+            state.set("loading", phase="load", work=name)
+            log.info("verifying", model=name, file=str(path))
+
         try:
+            if configured.checksums:
+                verify_checksums(each, rank=world.rank, world_size=world.world_size, on_file=on_file)
             models[name] = load_model(
                 each,
                 world=world,
@@ -101,6 +108,8 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
                 lora_cache_bytes=config.lora_cache_bytes,
                 progress=progress,
             )
+        except ModelFolderError as error:
+            raise ConfigError(str(error)) from error
         except (ValueError, ReadError) as error:
             raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
         log.info("model_loaded", model=name, memory=config.memory, seconds=round(time.monotonic() - begun, 3))
