@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ops.private_broker import PrivateBroker
+from tests.distributed.experts import write_loras
 from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish, take, write_config
 
 
@@ -40,8 +41,12 @@ class Running:
 @pytest.fixture(scope="module")
 def running(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("path")
-    config = write_config(folder, models, nproc=2, topology="retry_delays_seconds = [1, 2]")
-    config.write_text(config.read_text() + f'[log]\ndirectory = "{folder}/logs"\n')
+    write_loras(folder / "loras")
+    config = write_config(
+        folder, models, nproc=2, topology="retry_delays_seconds = [1, 2]", extra="memory_limit_gib = 1"
+    )
+    loras = f'[[loras]]\nname = "styles"\npath = "{folder}/loras"\n'
+    config.write_text(config.read_text() + loras + f'[log]\ndirectory = "{folder}/logs"\n')
     with fresh_vhost(broker) as url:
         ear = Ear(url)
         worker = Worker(config, url, folder)
@@ -138,6 +143,15 @@ def test_image_to_video_echoes_metadata_and_seed(running: Running) -> None:
     assert _decoded(event["data"]["result"]["video"])[1].shape == (9, 64, 96, 3)
 
 
+def test_a_lora_is_for_one_job(running: Running) -> None:
+    """A job's LoRA changes its video, the result names it, and the next job without it is as the one before it."""
+    named = {"name": "styles/peft", "strength": 0.5}
+    before, styled, after = (running.do(job(loras=loras)) for loras in ([], [named], []))
+    results = [event["data"]["result"] for event in (before, styled, after)]
+    assert [result["plan"]["loras"] for result in results] == [[], [{**named, "target": "both"}], []]
+    assert results[0]["video"]["sha256"] == results[2]["video"]["sha256"] != results[1]["video"]["sha256"]
+
+
 def test_events_come_in_order(running: Running) -> None:
     """accepted, started, progress and exactly one terminal event, each a CloudEvents 1.0 object."""
     message = job(parameters={"seed": 1, "num_frames": 9, "num_inference_steps": 12})
@@ -161,6 +175,8 @@ def test_events_come_in_order(running: Running) -> None:
         ({"schema": "reeld.job/9"}, "malformed_job", "schema"),
         ({"task": "image_to_video"}, "malformed_job", "inputs.input_image"),
         ({"parameters": {"height": 4096, "width": 4096}}, "malformed_job", "parameters.height"),
+        ({"parameters": {"height": 1280, "width": 1280}}, "out_of_memory", "parameters"),
+        ({"loras": [{"name": "styles/none"}]}, "input_rejected", "loras.0.name"),
     ],
 )
 def test_row_20_bad_job_is_never_broadcast(running: Running, changed: dict[str, Any], code: str, path: str) -> None:
