@@ -186,7 +186,9 @@ def test_rank_that_raises_alone(running: Running) -> None:
 def test_row_18_hung_rank(running: Running, rank: int, action: str) -> None:
     """A rank that hangs (in Python, in C with the GIL held, or stopped) is noticed within its stall limit, the stacks
     of all ranks are logged, the group comes back, and the job is done by its redelivery."""
-    message = job()
+    # A stopped rank must run to write its stacks: a short job would be done before the group is ended.
+    steps = {"num_inference_steps": 200} if action == "stop" else {}
+    message = job(parameters={**job()["parameters"], **steps})
     running.faults.tell(message, action, rank=rank, step=2)
     begun = len(running.worker.lines())
     before = running.pids()
