@@ -28,6 +28,8 @@ def main() -> None:
     models: dict[tuple[str, str], LoadedModel] = {}
     frames = {}
     for case in cases:
+        if world.world_size > case.get("max_ranks", world.world_size):
+            continue
         folder = Path(case["model_folder"])
         key = (case["model_folder"], case["dtype"])
         if key not in models:

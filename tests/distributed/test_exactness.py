@@ -39,6 +39,8 @@ def _case(models: Path, image: Path, name: str, model: str, dtype: str, **change
         "dit": None,
         # The published sizes' tests take two splits; all of them are tried with the random models.
         "splits": 2,
+        # How bfloat16 rounds is seen on one and two ranks; float32 shows the rest.
+        "max_ranks": 2 if dtype == "bfloat16" else 99,
         "arguments": arguments,
     }
 
@@ -123,7 +125,8 @@ def test_frames_equal_diffsynths(ranks: int, cases: Path, reference: dict[str, A
     module = ["-m", "tests.distributed.ours", str(cases), str(output)]
     launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
     ours = _run([*launch, *module], output)
-    assert {name.partition("|")[0] for name in ours} == set(reference)
+    wanted = {case["name"] for case in json.loads(cases.read_text()) if ranks <= case["max_ranks"]}
+    assert {name.partition("|")[0] for name in ours} == wanted
     splits = {1: 1, 2: 3, 3: 2, 4: 5}[ranks]
     assert len({name.partition("|")[2] for name in ours}) == splits, "every split there is was tried"
     for name, frames in ours.items():
