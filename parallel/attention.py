@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.groups import SplitGroups
+from parallel.groups import SplitGroups, all_gather
 from parallel.kernels import choose_kernel
 
 
@@ -46,6 +46,14 @@ class Sequence:
             return own
         padding = own.new_zeros((own.shape[0], self.slice_tokens - self.own_tokens, *own.shape[2:]))
         return torch.cat((own, padding), dim=1)
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor:
+        """The inverse of `own`: every rank's (1, slice_tokens, n) as (1, num_tokens, n), without the padding.
+
+        Called by every rank of the sequence group.
+        """
+        gathered = all_gather(own.transpose(0, 1), self.groups.sequence).flatten(0, 1).transpose(0, 1)
+        return gathered[:, : self.num_tokens]
 
     def attend(self, packed: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's tokens over the whole sequence. Called by every rank of the sequence group.

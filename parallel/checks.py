@@ -24,8 +24,8 @@ def check_consistency(
 ) -> None:
     """Raises InconsistentError that names rank, module, device and dtype, if anything is not where it must be.
 
-    Offloaded modules are moved when they are called, so weights on the CPU are taken as they are; the meta device,
-    another GPU and a mixture of dtypes within one transformer are not.
+    Offloaded modules are moved when they are called, so weights on the CPU are taken as they are; the meta device and
+    another GPU are not. Dtypes are checked of the conditions, not of the weights.
     """
     faults = [
         f"{type(module).__name__}.{name} is on {tensor.device}"

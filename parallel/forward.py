@@ -20,7 +20,7 @@ from diffsynth.models.wan_video_dit import DiTBlock, WanModel, sinusoidal_embedd
 from torch import Tensor
 
 from parallel.attention import Sequence
-from parallel.groups import SplitGroups, all_gather
+from parallel.groups import SplitGroups
 from parallel.rope import RopeTable, RopeTables, TokenGrid, rotate
 from parallel.split import DitShape
 
@@ -51,8 +51,13 @@ def prepare_dit(dit: WanModel, *, compile_blocks: bool) -> None:
     extras = [name for name in _REFUSED if getattr(dit, name, False)]
     if extras:
         raise ValueError(f"{type(dit).__name__} with {', '.join(extras)} has no parallel forward")
+    bind_forward(dit, forward_slice, compile_blocks=compile_blocks)
+
+
+def bind_forward(dit: Any, forward: Callable[..., Tensor], *, compile_blocks: bool) -> None:
+    """Has `dit(...)` run `forward(dit, ...)`, and its blocks the halves of a `BlockRunner`."""
     runner = BlockRunner(compile_blocks=compile_blocks)
-    dit.forward = functools.partial(forward_slice, dit)
+    dit.forward = functools.partial(forward, dit)
     for block in dit.blocks:
         block.forward = functools.partial(runner.run, block)
 
@@ -164,7 +169,7 @@ def forward_slice(
     by `model_fn_wan_video`'s names. Returns the prediction in latents' shape, whole on every rank, in latents' dtype.
     With `reuse_residual` the blocks are left out and what they added at the last full step is added again.
     """
-    context = _context(dit, inputs, memory)
+    context = embed_context(dit, inputs, memory)
     x, grid, leading = _embed(dit, latents, inputs, groups)
     sequence = Sequence(groups, grid.num_tokens)
     if x.shape[1] == sequence.num_tokens:  # not yet cut into slices
@@ -185,14 +190,13 @@ def forward_slice(
             memory.residual = x - embedded
     shift, scale = _modulation(dit.head.modulation, modulation.embedded.unsqueeze(2), modulation.later)
     predicted = dit.head.head(dit.head.norm(x) * (1 + scale) + shift)
-    whole = all_gather(predicted.transpose(0, 1), groups.sequence).flatten(0, 1).transpose(0, 1)
-    whole = whole[:, leading : sequence.num_tokens]
+    whole = sequence.whole(predicted)[:, leading:]
     frames = grid.frames - leading // (grid.height * grid.width)
     unpatched: Tensor = dit.unpatchify(whole, (frames, grid.height, grid.width))
     return unpatched
 
 
-def _context(dit: WanModel, inputs: dict[str, Any], memory: BranchMemory) -> Tensor:
+def embed_context(dit: Any, inputs: dict[str, Any], memory: BranchMemory) -> Tensor:
     """The embedded prompt, after the image's tokens where the model takes them; computed once a job."""
     if id(dit) not in memory.context:
         context = dit.text_embedding(inputs["context"])

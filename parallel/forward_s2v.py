@@ -9,7 +9,6 @@ Leaves out the motion frames of a clip before (`motion_video`), which no job can
 (`parallel.attention`).
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -18,17 +17,14 @@ from diffsynth.models.wan_video_dit_s2v import WanS2VModel, rope_precompute
 from torch import Tensor
 
 from parallel.attention import Sequence
-from parallel.forward import BlockRunner, BranchMemory, Modulation
-from parallel.groups import SplitGroups, all_gather
+from parallel.forward import BranchMemory, Modulation, bind_forward, embed_context
+from parallel.groups import SplitGroups
 from parallel.rope import RopeTable, RopeTables
 
 
 def prepare_s2v(dit: WanS2VModel, *, compile_blocks: bool) -> None:
     """Has `dit(...)` and its blocks run this module's forward."""
-    runner = BlockRunner(compile_blocks=compile_blocks)
-    dit.forward = functools.partial(forward_slice_s2v, dit)
-    for block in dit.blocks:
-        block.forward = functools.partial(runner.run, block)
+    bind_forward(dit, forward_slice_s2v, compile_blocks=compile_blocks)
 
 
 def forward_slice_s2v(
@@ -72,9 +68,7 @@ def forward_slice_s2v(
     )
     projected = dit.time_projection(turned).unflatten(1, (6, dit.dim)).unsqueeze(0)
     modulation = Modulation(embedded=turned.unsqueeze(0), projected=projected, later=of_reference.unsqueeze(-1))
-    if id(dit) not in memory.context:
-        memory.context[id(dit)] = dit.text_embedding(inputs["context"])
-    context = memory.context[id(dit)]
+    context = embed_context(dit, inputs, memory)
     sound_global, sound = dit.cal_audio_emb(inputs["audio_embeds"])
 
     for index, block in enumerate(dit.blocks):
@@ -83,8 +77,7 @@ def forward_slice_s2v(
             place = dit.audio_injector.injected_block_id[index]
             x = _inject(dit, place, x, sound_global, sound, sequence, tokens_a_frame=height * width)
     predicted = dit.head(x, turned[:1])
-    whole = all_gather(predicted.transpose(0, 1), groups.sequence).flatten(0, 1).transpose(0, 1)
-    made = dit.unpatchify(whole[:, :video_tokens], (frames, height, width))
+    made = dit.unpatchify(sequence.whole(predicted)[:, :video_tokens], (frames, height, width))
     return torch.cat((reference, made), dim=2)
 
 
@@ -105,9 +98,7 @@ def _rope(dit: WanS2VModel, grid: tuple[int, int, int], sequence: Sequence, devi
     sizes = dit.get_grid_sizes((frames, height, width), (1, height, width))
     turns = rope_precompute(shape, sizes, dit.freqs.cpu(), start=None)[0, :, 0]
     own = turns[sequence.begin : sequence.begin + sequence.own_tokens]
-    padding = sequence.slice_tokens - own.shape[0]
-    own = torch.cat((own, torch.ones(padding, own.shape[1], dtype=own.dtype)))[:, None, None, :]
-    return RopeTable(cos=own.real.float().to(device), sin=own.imag.float().to(device))
+    return RopeTable.of(own, padded=sequence.slice_tokens, device=device)
 
 
 def _inject(

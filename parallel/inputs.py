@@ -1,25 +1,21 @@
 """From a plan to the arguments of DiffSynth's `WanVideoPipeline.__call__`: the staged files, opened.
 
-Owns reading what `daemon.staging` wrote, and giving every argument that the plan leaves out DiffSynth's own
-default. Leaves out what DiffSynth makes of them (`parallel.conditions`). Staged files are: an image as it came;
+Owns reading what `daemon.staging` wrote. Leaves out the defaults of what the plan does not decide, and what DiffSynth
+makes of it all (`parallel.conditions`). Staged files are: an image as it came;
 a video as a .npy array of uint8, (frames, height, width, 3), already at the plan's size; audio as a .npy array
 of float32 samples, one channel.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffsynth.pipelines.wan_video import WanVideoPipeline
 from PIL import Image
 
 from parallel.plan import GenerationPlan
 from parallel.tasks import INPUT_KINDS
 
 AUDIO_SAMPLE_RATE = 16_000
-# What `__call__` has for its caller's sake or for its own loop.
-_CALLERS = ("self", "progress_bar_cmd", "output_type", "switch_DiT_boundary")
 _SAME_NAME = (
     "prompt", "negative_prompt", "seed", "height", "width", "num_frames", "num_inference_steps", "cfg_scale",
     "sigma_shift", "denoising_strength", "vace_scale", "camera_control_direction", "camera_control_speed",
@@ -28,21 +24,18 @@ _SAME_NAME = (
 
 
 def pipeline_arguments(plan: GenerationPlan) -> dict[str, Any]:
-    """Every argument of `WanVideoPipeline.__call__` for `plan`. Rank 0 only: the peers have no staged files.
+    """The arguments of `WanVideoPipeline.__call__` that `plan` decides; the others keep its defaults.
+
+    Rank 0 only: the peers have no staged files.
 
     DiffSynth resizes most images itself, to the size of the video and without cropping. It takes VACE's
     reference image as it is, so that one is resized here, as DiffSynth's examples do. Raises OSError when a
     staged file is gone.
     """
-    arguments = {
-        name: parameter.default
-        for name, parameter in inspect.signature(WanVideoPipeline.__call__).parameters.items()
-        if name not in _CALLERS
-    }
     chosen = {name: getattr(plan, name) for name in _SAME_NAME}
-    arguments |= {name: value for name, value in chosen.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     # On the CPU whatever the device, so that one seed gives one video on every machine.
-    arguments |= {"rand_device": "cpu"}
+    arguments["rand_device"] = "cpu"
     for name, kind in INPUT_KINDS.items():
         path = getattr(plan, name)
         if path is None:

@@ -20,7 +20,7 @@ from parallel.conditions import PromptCache
 from parallel.forward import prepare_dit, shape_of
 from parallel.forward_s2v import prepare_s2v
 from parallel.forward_vace import prepare_vace
-from parallel.layouts import StoredTensor, read_tensors
+from parallel.layouts import Layout, StoredTensor, read_tensors
 from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
 from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
 from parallel.offload import OffloadedModels
@@ -29,7 +29,7 @@ from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles
 from parallel.rope import RopeTables
 from parallel.sharding import shard_blocks, warm_up_sharding
-from parallel.sizes import ModelSizes, read_sizes
+from parallel.sizes import ModelSizes, sizes_of
 from parallel.split import CPU, CUDA, ParallelDegrees, PinnedDegrees, check_pins, choose_degrees
 from parallel.strategy import MemorySettings
 from parallel.tiny_registry import register_tiny_models
@@ -90,10 +90,11 @@ def load_model(
     register_tiny_models()
     pipeline = WanVideoPipeline(device=world.device, torch_dtype=DTYPES[dtype])
     loader = _Loader(pipeline, world, memory)
+    layouts: dict[str, Layout] = {}
     for part in files.profile.parts:
         tensors = {path: read_tensors(path) for path in files.paths[part.role]}
-        layout = {tensor.name: tensor.shape for each in tensors.values() for tensor in each}
-        for built in build_models(part, layout):
+        layouts[part.role] = {tensor.name: tensor.shape for each in tensors.values() for tensor in each}
+        for built in build_models(part, layouts[part.role]):
             loader.place(built, stored_by_name(tensors))
     load_tensors(loader.wanted(), world, progress=progress)
     loader.finish()
@@ -108,7 +109,7 @@ def load_model(
             prepare_vace(vace, compile_blocks=compile_blocks)
     return LoadedModel(
         files=files,
-        sizes=read_sizes(files),
+        sizes=sizes_of(files.profile, layouts),
         pipeline=pipeline,
         loras=LoraWeights(dits, world, cache_bytes=lora_cache_bytes),
         tables=RopeTables(world.device),

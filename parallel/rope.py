@@ -35,6 +35,13 @@ class RopeTable:
     cos: torch.Tensor
     sin: torch.Tensor
 
+    @staticmethod
+    def of(turns: torch.Tensor, *, padded: int, device: torch.device) -> "RopeTable":
+        """From (tokens, head_dim / 2) complex numbers of length one; rows up to `padded` rotate by nothing."""
+        padding = torch.ones(padded - turns.shape[0], turns.shape[1], dtype=turns.dtype)
+        turns = torch.cat((turns, padding))[:, None, None, :]
+        return RopeTable(cos=turns.real.float().to(device), sin=turns.imag.float().to(device))
+
 
 class RopeTables:
     """The tables of the last few shapes."""
@@ -65,9 +72,7 @@ def _table(dit: WanModel, grid: TokenGrid, begin: int, length: int, padded: int,
     along_height, along_width = rest // grid.width, rest % grid.width
     parts = zip(dit.freqs, (along_time, along_height, along_width), strict=True)
     turns = torch.cat([freqs.cpu()[positions] for freqs, positions in parts], dim=1)
-    turns = torch.cat((turns, torch.ones(padded - length, turns.shape[1], dtype=turns.dtype)))
-    turns = turns[:, None, None, :]
-    return RopeTable(cos=turns.real.float().to(device), sin=turns.imag.float().to(device))
+    return RopeTable.of(turns, padded=padded, device=device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,10 @@ outcomes and health. Leaves out the model (`parallel.model`) and the generation 
 With one rank there is no group, and every call here answers at once: the callers are the same.
 """
 
-import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -273,11 +272,3 @@ def join(launch: Launch, *, device_kind: str) -> World:
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     join_xfuser(rank=launch.rank, world_size=launch.world_size, local_rank=launch.local_rank, backend=backend)
     return World(launch, device, dist.PrefixStore(f"restart/{launch.restart_count}", store), control)
-
-
-@contextlib.contextmanager
-def joined(launch: Launch, *, device_kind: str) -> Iterator[World]:
-    """`join` and `leave` around a block; a block that raises leaves without waiting for the others."""
-    world = join(launch, device_kind=device_kind)
-    yield world
-    world.leave()

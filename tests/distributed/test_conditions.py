@@ -1,28 +1,19 @@
 """What rank 0 prepares reaches every rank, bit for bit, and is what plain DiffSynth gives its DiT."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.distributed.launch import run_module
 
 
 @pytest.fixture(scope="module")
 def reports(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's report of one run on two ranks, by rank."""
     folder = tmp_path_factory.mktemp("conditions")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.conditions_ranks", str(models), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("conditions_ranks", models, folder)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+
+from tests.distributed.launch import run_module
 
 SEED = int(os.environ.get("REELD_EXACTNESS_SEED", "1"))
 RANDOM_CASES = int(os.environ.get("REELD_EXACTNESS_CASES", "6"))
@@ -100,17 +100,11 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(command: list[str], output: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output)
-
-
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    return _run([sys.executable, "-m", "tests.distributed.reference", str(cases), str(output)], output)
+    run_module("reference", cases, output)
+    return load_file(output)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -121,10 +115,8 @@ def test_frames_equal_diffsynths(ranks: int, cases: Path, reference: dict[str, A
     further from plain DiffSynth's float32 frames than plain DiffSynth's own bfloat16 frames are, to 1 dB.
     """
     output = cases.parent / f"ours-{ranks}.safetensors"
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    module = ["-m", "tests.distributed.ours", str(cases), str(output)]
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    ours = _run([*launch, *module], output)
+    run_module("ours", cases, output, ranks=ranks)
+    ours = load_file(output)
     wanted = {case["name"] for case in json.loads(cases.read_text()) if ranks <= case["max_ranks"]}
     assert {name.partition("|")[0] for name in ours} == wanted
     splits = {1: 1, 2: 3, 3: 2, 4: 5}[ranks]

@@ -1,9 +1,6 @@
 """LoRAs against DiffSynth's own `load_lora`, on 1 and 2 ranks, and out of the weights again to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.distributed.experts import write_loras, write_two_experts
+from tests.distributed.launch import run_module
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +60,11 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(command: list[str], output: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output)
-
-
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    script = Path(__file__).with_name("reference_lora.py")
-    return _run([sys.executable, str(script), str(cases), str(output)], output)
+    run_module("reference_lora", cases, output)
+    return load_file(output)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -84,9 +75,8 @@ def test_loras_as_diffsynth_fuses_them_and_out_again(ranks: int, cases: Path, re
     memory while it put them in.
     """
     output = cases.parent / f"ours-{ranks}.safetensors"
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    ours = _run([*launch, "-m", "tests.distributed.ours_lora", str(cases), str(output)], output)
+    run_module("ours_lora", cases, output, ranks=ranks)
+    ours = load_file(output)
     assert set(ours) == set(reference)
     for name, expected in reference.items():
         assert np.abs(ours[name] - expected).max() <= 1e-5, name

@@ -1,15 +1,14 @@
 """The memory model against what ranks really use, on a CPU, where every tensor can be counted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.distributed.launch import run_module
 
 SHAPE = {"height": 192, "width": 320, "num_frames": 9}
 ULYSSES = {"cfg_degree": 1, "ulysses_degree": 2, "ring_degree": 1}
@@ -50,17 +49,7 @@ def test_predictions_hold(ranks: int, models: Path, tmp_path: Path) -> None:
         ],
     }[ranks]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "tests.distributed.memory_ranks", str(tmp_path / "cases.json"), str(tmp_path / "told.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("memory_ranks", tmp_path / "cases.json", tmp_path / "told.json", ranks=ranks)
     told = json.loads((tmp_path / "told.json").read_text())
     assert len(told) == ranks
     for rank, cases_told in enumerate(told):

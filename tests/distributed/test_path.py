@@ -1,10 +1,8 @@
 """The whole path on 2 ranks: from a message in RabbitMQ to a video file, and what is seen meanwhile."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from safetensors.numpy import load_file
 
 from ops.private_broker import PrivateBroker
 from tests.distributed.experts import write_loras
+from tests.distributed.launch import run_module
 from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish, take, write_config
 
 
@@ -119,9 +118,7 @@ def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
     }
     case = {"name": "one", "model_folder": str(folder), "dtype": "float32", "input_image": None}
     (work / "cases.json").write_text(json.dumps([{**case, "arguments": arguments}]))
-    module = ["-m", "tests.distributed.reference"]
-    command = [sys.executable, *module, str(work / "cases.json"), str(work / "reference.safetensors")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+    run_module("reference", work / "cases.json", work / "reference.safetensors")
     frames = load_file(work / "reference.safetensors")["one"]
     return np.clip((frames + 1) * 127.5, 0, 255).astype(np.uint8)
 

@@ -84,11 +84,10 @@ def running(ranks: int, request: pytest.FixtureRequest) -> Running:
     return worker
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_row_14_rank_0_killed(running: Running) -> None:
-    """`kill -9` of rank 0 in mid-job: the group starts again, the job comes back with a higher count, and ends once."""
+def _kill_in_mid_job(running: Running, *, rank: int) -> list[dict[str, Any]]:
+    """Has a rank die in mid-job. The job comes back once and is done, by new ranks. Returns the log of it."""
     message = job()
-    running.faults.tell(message, "die", rank=0, step=2)
+    running.faults.tell(message, "die", rank=rank, step=2)
     before = running.pids()
     begun = len(running.worker.lines())
     assert running.do(message).name == "succeeded"
@@ -96,22 +95,21 @@ def test_row_14_rank_0_killed(running: Running) -> None:
     logs = running.worker.logs()[begun:]
     assert [line["redelivered"] for line in logs if line["event"] == "job_accepted"] == [False, True]
     assert not any(psutil.pid_exists(pid) for pid in before.values()), "no rank of the old group is left"
+    return logs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_14_rank_0_killed(running: Running) -> None:
+    """`kill -9` of rank 0 in mid-job: the group starts again, the job comes back with a higher count, and ends once."""
+    _kill_in_mid_job(running, rank=0)
     assert running.worker.process.poll() is None, "the launcher lives on"
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_row_15_peer_killed(running: Running) -> None:
     """`kill -9` of a peer in mid-job: the others stop within the grace, the group starts again, the job is done."""
-    message = job()
-    running.faults.tell(message, "die", rank=1, step=2)
-    before = running.pids()
-    begun = len(running.worker.lines())
-    assert running.do(message).name == "succeeded"
-    running.ended_once(message, "succeeded")
-    logs = running.worker.logs()[begun:]
-    assert [line["redelivered"] for line in logs if line["event"] == "job_accepted"] == [False, True]
+    logs = _kill_in_mid_job(running, rank=1)
     assert not [line for line in logs if line["event"] == "survivors_killed"], "rank 0 ended by itself, at once"
-    assert not any(psutil.pid_exists(pid) for pid in before.values()), "no rank of the old group is left"
 
 
 @pytest.mark.timeout(600)  # the group starts three times

@@ -1,9 +1,6 @@
 """Every memory strategy gives the frames of the plain one, with LoRAs too; N ranks read the files once together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.distributed.experts import write_loras, write_two_experts
+from tests.distributed.launch import run_module
 
 STRATEGIES = {1: ["resident", "encoder_offload", "vram_limit"], 2: ["resident", "encoder_offload", "fsdp"]}
 
@@ -43,17 +41,7 @@ def run(request: pytest.FixtureRequest, case: dict[str, Any], tmp_path_factory: 
     """(ranks, frames by strategy and case, what each rank told of each strategy)."""
     ranks, folder = request.param, tmp_path_factory.mktemp("run")
     (folder / "case.json").write_text(json.dumps({**case, "strategies": STRATEGIES[ranks]}))
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "tests.distributed.strategies", str(folder / "case.json"), str(folder / "frames")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("strategies", folder / "case.json", folder / "frames", ranks=ranks)
     return ranks, load_file(folder / "frames"), json.loads((folder / "frames.json").read_text())
 
 

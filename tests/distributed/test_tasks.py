@@ -9,7 +9,6 @@ the splits that its ranks allow, and the cases take turns, so that every split i
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file
 
 from daemon.config import InputsConfig
 from daemon.media import stage_audio, stage_video
+from tests.distributed.launch import run_module
 
 EVERYTHING = os.environ.get("REELD_EVERY_TASK") == "1"
 SHAPE = {"height": 80, "width": 112, "num_frames": 9}  # 3 x 5 x 7 tokens
@@ -134,17 +134,11 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(command: list[str], output: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output)
-
-
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    return run([sys.executable, "-m", "tests.distributed.reference", str(cases), str(output)], output)
+    run_module("reference", cases, output)
+    return load_file(output)
 
 
 def test_each_input_is_seen_in_the_frames(reference: dict[str, Any]) -> None:
@@ -166,9 +160,8 @@ def test_each_input_is_seen_in_the_frames(reference: dict[str, Any]) -> None:
 def test_every_task_gives_diffsynths_frames(ranks: int, cases: Path, reference: dict[str, Any]) -> None:
     """To 1e-5, whatever the task, the number of ranks and the split."""
     output = cases.parent / f"ours-{ranks}.safetensors"
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    ours = run([*launch, "-m", "tests.distributed.ours", str(cases), str(output)], output)
+    run_module("ours", cases, output, ranks=ranks)
+    ours = load_file(output)
     assert {name.partition("|")[0] for name in ours} == set(CASES)
     for name, frames in ours.items():
         expected = reference[name.partition("|")[0]]

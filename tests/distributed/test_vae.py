@@ -1,28 +1,19 @@
 """Sharing the VAE out over ranks changes nothing: whole frames up to rounding, tiles bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.distributed.launch import run_module
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's report of one run on four ranks, by rank."""
     path = tmp_path_factory.mktemp("vae") / "report"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.vae_ranks", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("vae_ranks", path)
     return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(4)]
 
 
