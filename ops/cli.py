@@ -8,12 +8,20 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-if TYPE_CHECKING:
-    from daemon.config import BrokerConfig
+from ops.options import (
+    DEFAULT_URL,
+    CaFileOption,
+    ConfigOption,
+    PoolOption,
+    PrefixOption,
+    UrlFileOption,
+    UrlOption,
+    broker_of,
+)
 
 EPILOG = """
 Exit statuses: 0 all went well; 1 something failed; 2 wrong usage; 3 the job failed or was cancelled;
@@ -33,33 +41,12 @@ app = typer.Typer(
 topology_app = typer.Typer(help="Plan, apply or check what the broker needs.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")
 
-DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
-
 
 class SchemaName(StrEnum):
     """What `reeld schema` prints."""
 
     JOB = "job"
     ASYNCAPI = "asyncapi"
-
-
-UrlOption = Annotated[
-    str,
-    typer.Option("--url", envvar="REELD_AMQP_URL", help="The broker. A password is safer in the variable or a file."),
-]
-UrlFileOption = Annotated[
-    Path | None,
-    typer.Option("--url-file", envvar="REELD_BROKER__URL_FILE", help="File with the URL; wins.", show_default=False),
-]
-CaFileOption = Annotated[
-    Path | None,
-    typer.Option("--ca-file", envvar="REELD_BROKER__CA_FILE", help="CA for amqps://.", show_default=False),
-]
-PrefixOption = Annotated[str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
-]
 
 
 @app.command()
@@ -94,9 +81,7 @@ def submit(
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
     prefix: PrefixOption = "reeld",
-    pool: Annotated[
-        str | None, typer.Option(envvar="REELD_POOL", help="Which workers: their `pool`.", show_default=False)
-    ] = None,
+    pool: PoolOption = None,
     file: Annotated[
         str | None,
         typer.Option("--file", "-f", metavar="JOB.json", help="A job as JSON, - for stdin; other options win over it."),
@@ -166,7 +151,7 @@ def submit(
             "time_limit_seconds": time_limit,
         },
     )
-    broker = _broker(url, url_file, ca_file, prefix)
+    broker = broker_of(url, url_file, ca_file, prefix)
     submission.submit(broker, pool, document, validate=validate, wait=wait, timeout_seconds=timeout)
 
 
@@ -192,7 +177,7 @@ def watch(
     """
     from ops import watch as command
 
-    command.watch(_broker(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json)
+    command.watch(broker_of(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json)
 
 
 @topology_app.command("plan")
@@ -364,26 +349,6 @@ def demo(
     from ops import demo as command
 
     command.demo(directory, keep=keep)
-
-
-def _broker(url: str, url_file: Path | None, ca_file: Path | None, prefix: str) -> "BrokerConfig":
-    """The options that say where the broker is. Raises UsageError."""
-    from urllib.parse import urlsplit
-
-    import pydantic
-
-    from daemon.config import BrokerConfig
-    from ops.failure import UsageError
-
-    try:
-        broker = BrokerConfig(url=url, url_file=url_file, ca_file=ca_file, prefix=prefix)
-        urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
-    except pydantic.ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False)
-        raise UsageError("\n".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in faults)) from error
-    except ValueError as error:
-        raise UsageError(f"--url: {error}") from error
-    return broker
 
 
 def main() -> NoReturn:

@@ -1,0 +1,55 @@
+"""Options that several commands of `reeld` share, and what they say together.
+
+Owns the options' names, variables and help. Leaves out the commands (`ops.cli`, `ops.commands_operator`).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from daemon.config import BrokerConfig
+
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
+
+UrlOption = Annotated[
+    str,
+    typer.Option("--url", envvar="REELD_AMQP_URL", help="The broker. A password is safer in the variable or a file."),
+]
+UrlFileOption = Annotated[
+    Path | None,
+    typer.Option("--url-file", envvar="REELD_BROKER__URL_FILE", help="File with the URL; wins.", show_default=False),
+]
+CaFileOption = Annotated[
+    Path | None,
+    typer.Option("--ca-file", envvar="REELD_BROKER__CA_FILE", help="CA for amqps://.", show_default=False),
+]
+PrefixOption = Annotated[str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")]
+PoolOption = Annotated[
+    str | None, typer.Option(envvar="REELD_POOL", help="Which workers: their `pool`.", show_default=False)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
+]
+
+
+def broker_of(url: str, url_file: Path | None, ca_file: Path | None, prefix: str) -> "BrokerConfig":
+    """The options that say where the broker is. Raises UsageError."""
+    from urllib.parse import urlsplit
+
+    import pydantic
+
+    from daemon.config import BrokerConfig
+    from ops.failure import UsageError
+
+    try:
+        broker = BrokerConfig(url=url, url_file=url_file, ca_file=ca_file, prefix=prefix)
+        urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
+    except pydantic.ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False)
+        raise UsageError("\n".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in faults)) from error
+    except ValueError as error:
+        raise UsageError(f"--url: {error}") from error
+    return broker
