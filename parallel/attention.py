@@ -55,6 +55,14 @@ class Sequence:
         gathered = all_gather(own.transpose(0, 1), self.groups.sequence).flatten(0, 1).transpose(0, 1)
         return gathered[:, : self.num_tokens]
 
+    def attend_alone(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What `attend` does where one rank has all tokens, without packing: q, k, v (tokens, batch, heads, head_dim).
+
+        Returns (1, tokens, batch, heads, head_dim).
+        """
+        kernel = choose_kernel(q.device, q.dtype, q.shape[-1])
+        return kernel.attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1).unsqueeze(0)
+
     def attend(self, packed: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's tokens over the whole sequence. Called by every rank of the sequence group.
 

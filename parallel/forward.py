@@ -65,33 +65,54 @@ def bind_forward(dit: Any, forward: Callable[..., Tensor], *, compile_blocks: bo
 _REFUSED = ("wantodance_enable_music_inject", "wantodance_enable_global", "wantodance_enable_dynamicfps")
 
 
+_SHAPES_COMPILED = 64  # past as many, torch runs further shapes eagerly
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 class BlockRunner:
     """Runs a block in two halves around the exchange; each half is one compiled graph, shared by all blocks."""
 
     def __init__(self, *, compile_blocks: bool) -> None:
-        self._before: Callable[..., Tensor] = before_attention
-        self._after: Callable[..., Tensor] = after_attention
+        # Parameters are inputs of the graph (inlined modules), so the blocks share two compilations a shape. Each
+        # shape has its own: kernels for any shape are slower, and a compiled shape comes from the disk the next time.
+        wrap: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=False) if compile_blocks else _as_it_is
         if compile_blocks:
-            # Parameters are inputs of the graph (inlined modules), so the blocks share two compilations a shape.
-            self._before = torch.compile(before_attention)
-            self._after = torch.compile(after_attention)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES_COMPILED)
+        self._queries_keys_values: Callable[..., tuple[Tensor, Tensor, Tensor]] = wrap(queries_keys_values)
+        self._packed: Callable[..., Tensor] = wrap(before_exchange)
+        self._after: Callable[..., Tensor] = wrap(after_attention)
 
     def run(
         self, block: DiTBlock, x: Tensor, context: Tensor, modulation: Modulation, rope: RopeTable, sequence: Sequence
     ) -> Tensor:
         """x: (1, slice_tokens, dim), context: (1, text tokens, dim). Returns x's shape."""
-        ulysses = sequence.groups.ulysses.size
         projected, later = modulation.projected, modulation.later
-        packed = self._before(block, x, projected, later, rope.cos, rope.sin, ulysses)
-        attended = sequence.attend(packed)
+        if sequence.groups.sequence.size == 1:
+            attended = sequence.attend_alone(*self._queries_keys_values(block, x, projected, later, rope.cos, rope.sin))
+        else:
+            ulysses = sequence.groups.ulysses.size
+            attended = sequence.attend(self._packed(block, x, projected, later, rope.cos, rope.sin, ulysses))
         result: Tensor = self._after(block, x, attended, context, projected, later)
         return result
 
 
-def before_attention(
+def before_exchange(
     block: DiTBlock, x: Tensor, projected: Tensor, later: Tensor | None, cos: Tensor, sin: Tensor, ulysses: int
 ) -> Tensor:
     """Norm, q, k, v and RoPE: x (1, slice, dim) to what `Sequence.attend` takes."""
+    packed = torch.stack(queries_keys_values(block, x, projected, later, cos, sin), dim=2)
+    # (slice, 1, 3, heads, head_dim): the heads' groups go first, because an all-to-all splits the first dimension.
+    grouped: Tensor = packed.unflatten(3, (ulysses, -1)).permute(3, 0, 1, 2, 4, 5).contiguous()
+    return grouped
+
+
+def queries_keys_values(
+    block: DiTBlock, x: Tensor, projected: Tensor, later: Tensor | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, q, k, v and RoPE: x (1, slice, dim) to three times (slice, 1, heads, head_dim)."""
     attention = block.self_attn
     shift, scale, _, _, _, _ = _modulation(block.modulation, projected, later)
     normed = block.norm1(x) * (1 + scale) + shift
@@ -99,10 +120,7 @@ def before_attention(
     q = attention.norm_q(attention.q(normed)).unflatten(-1, (heads, -1)).transpose(0, 1)
     k = attention.norm_k(attention.k(normed)).unflatten(-1, (heads, -1)).transpose(0, 1)
     v = attention.v(normed).unflatten(-1, (heads, -1)).transpose(0, 1)
-    packed = torch.stack((rotate(q, cos, sin), rotate(k, cos, sin), v), dim=2)
-    # (slice, 1, 3, heads, head_dim): the heads' groups go first, because an all-to-all splits the first dimension.
-    grouped: Tensor = packed.unflatten(3, (ulysses, -1)).permute(3, 0, 1, 2, 4, 5).contiguous()
-    return grouped
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def after_attention(
@@ -114,7 +132,18 @@ def after_attention(
     x = x + gate_attention * block.self_attn.o(own)
     x = x + _cross_attention(block.cross_attn, block.norm3(x), context)
     normed = block.norm2(x) * (1 + scale) + shift
-    result: Tensor = x + gate_mlp * block.ffn(normed)
+    result: Tensor = x + gate_mlp * _feed_forward(block.ffn, normed)
+    return result
+
+
+def _feed_forward(ffn: Any, x: Tensor) -> Tensor:
+    """Linear, GELU (tanh), linear; on a GPU the GELU is done where the first product is written (cuBLASLt)."""
+    up, activation, down = ffn
+    if x.is_cuda and type(up) is torch.nn.Linear and getattr(activation, "approximate", None) == "tanh":
+        product = torch._addmm_activation(up.bias, x.flatten(0, -2), up.weight.t(), use_gelu=True)
+        result: Tensor = down(product.unflatten(0, x.shape[:-1]))
+    else:
+        result = ffn(x)
     return result
 
 

@@ -8,6 +8,7 @@ and reading (`parts.py`, `loading.py`) and the generation (`engine.py`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffsynth.models.wan_video_dit_s2v import WanS2VModel
@@ -26,7 +27,7 @@ from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
 from parallel.offload import OffloadedModels
 from parallel.parts import ATTRIBUTES, BuiltModel, build_models
 from parallel.plan import GenerationPlan
-from parallel.profile import ModelFiles
+from parallel.profile import ModelFiles, ModelPart
 from parallel.rope import RopeTables
 from parallel.sharding import shard_blocks, warm_up_sharding
 from parallel.sizes import ModelSizes, sizes_of
@@ -90,12 +91,7 @@ def load_model(
     register_tiny_models()
     pipeline = WanVideoPipeline(device=world.device, torch_dtype=DTYPES[dtype])
     loader = _Loader(pipeline, world, memory)
-    layouts: dict[str, Layout] = {}
-    for part in files.profile.parts:
-        tensors = {path: read_tensors(path) for path in files.paths[part.role]}
-        layouts[part.role] = {tensor.name: tensor.shape for each in tensors.values() for tensor in each}
-        for built in build_models(part, layouts[part.role]):
-            loader.place(built, stored_by_name(tensors))
+    layouts = {part.role: _place_part(part, files, loader) for part in files.profile.parts}
     load_tensors(loader.wanted(), world, progress=progress)
     loader.finish()
     _complete(pipeline, files, world)
@@ -115,6 +111,28 @@ def load_model(
         tables=RopeTables(world.device),
         prompts=PromptCache(),
     )
+
+
+def load_dit(files: ModelFiles, *, world: World, dtype: str, memory: MemorySettings) -> Any:
+    """Called by every rank. The folder's first DiT alone, as DiffSynth builds it: for the benchmark.
+
+    Raises ValueError and ReadError as `load_model` does.
+    """
+    register_tiny_models()
+    pipeline = WanVideoPipeline(device=world.device, torch_dtype=DTYPES[dtype])
+    loader = _Loader(pipeline, world, memory)
+    _place_part(next(part for part in files.profile.parts if part.role.startswith("dit")), files, loader)
+    load_tensors(loader.wanted(), world)
+    loader.finish()
+    return pipeline.dit
+
+
+def _place_part(part: ModelPart, files: ModelFiles, loader: "_Loader") -> Layout:
+    tensors = {path: read_tensors(path) for path in files.paths[part.role]}
+    layout = {tensor.name: tensor.shape for each in tensors.values() for tensor in each}
+    for built in build_models(part, layout):
+        loader.place(built, stored_by_name(tensors))
+    return layout
 
 
 class _Loader:
