@@ -184,6 +184,8 @@ class HealthThread:
         self.board: Board | None = None
         self.memory: Callable[[], dict[str, int]] = dict
         self.publish: Callable[[list[dict[str, Any]]], None] | None = None
+        # What else the pulse says: on rank 0, of its broker and its work.
+        self.for_launcher: Callable[[], dict[str, Any]] = dict
 
     def start(self) -> None:
         self._thread.start()
@@ -210,7 +212,7 @@ class HealthThread:
         self._sequence += 1
         record = {**self._state.record(self._rank), **self.memory(), "sequence": self._sequence}
         if self._pulse is not None:
-            self._pulse.write(record)
+            self._pulse.write({**record, **self.for_launcher()})
         return record
 
     def _share(self, board: Board, record: dict[str, Any]) -> None:

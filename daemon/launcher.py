@@ -5,11 +5,13 @@ ranks'. Owns the exit status, the restart of a broken group, and passing on the 
 does (`daemon.rank`).
 """
 
+import contextlib
 import math
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -28,6 +30,7 @@ from daemon.logs import (
 )
 from daemon.models import check_models
 from daemon.preflight import look_at_broker
+from daemon.vitals import Vitals
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
@@ -112,14 +115,19 @@ class _Launcher:
         self._ready = runtime / READY_MARK
         self._draining = False
         self._overdue = False
+        self._vitals = Vitals(config, nproc)
+        self._ended_by = "rank_failed"
+        self._on_restart: Callable[[str], None] = lambda _reason: None
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_overdue)
         try:
-            look_at_broker(self._config)
-            return self._run_groups()
+            with contextlib.ExitStack() as stack:
+                self._open_endpoint(stack)
+                look_at_broker(self._config)
+                return self._run_groups()
         except FatalError as error:
             for line in str(error).splitlines():
                 log.critical("fatal", reason=line, exit_status=int(error.exit_status))
@@ -129,6 +137,17 @@ class _Launcher:
             return int(ExitStatus.OK)
         finally:
             signal.alarm(0)
+
+    def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
+        """Answers Prometheus and health checks until the stack is closed. Raises ConfigError when it cannot."""
+        if self._config.metrics.address is None:
+            return
+        from daemon.endpoint import Endpoint
+        from daemon.metrics import Metrics
+
+        metrics = Metrics(self._config, self._vitals, self._runtime, world_size=self._nproc)
+        self._on_restart = stack.enter_context(metrics).group_restarted
+        stack.enter_context(Endpoint(self._config.metrics, metrics, self._vitals))
 
     def _run_groups(self) -> int:
         policy = RestartPolicy()
@@ -152,6 +171,8 @@ class _Launcher:
                 log.critical("stopped", exit_status=status, reason=reason)
                 return int(ExitStatus.FAILED)
             log.error("group_failed", exit_status=status, restart_in_seconds=pause)
+            self._vitals.group_ended(f"the group failed with status {status}; it starts again in {pause:g} s")
+            self._on_restart(self._ended_by)
             self._pause(pause)
             if self._draining:
                 log.info("stopped", exit_status=0, reason="asked to between two groups")
@@ -172,7 +193,9 @@ class _Launcher:
             silence_seconds=stall.silence_seconds,
             grace_seconds=self._config.limits.outcome_grace_seconds,
         ) as watch:
+            self._vitals.group_started(watch)
             statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
+        self._ended_by = watch.ended_by or "rank_failed"
         if not statuses:
             return int(ExitStatus.OK), watch.jobs_succeeded
         log.error("ranks_failed", exit_statuses=statuses)
@@ -188,6 +211,7 @@ class _Launcher:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         again, self._draining = self._draining, True
+        self._vitals.draining = True
         limits = self._config.limits
         # Rank 0 obeys at its next step. A step that takes longer than this is not waited for.
         signal.alarm(math.ceil(limits.outcome_grace_seconds + (0 if again else limits.drain_seconds)))
