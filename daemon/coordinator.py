@@ -228,13 +228,14 @@ class Coordinator:
             plan = self._split(replace(self._stage(job, draft), loras=loras))
             staged = time.monotonic()
             self._measurements.phase("stage", staged - received)
-            frames = self._generate(job, delivery, plan)
+            frames, phases = self._generate(job, delivery, plan)
         finally:
             self._scratch.close()
         generated = time.monotonic()
         timings = {
             "stage_seconds": round(staged - received, 3),
             "generate_seconds": round(generated - staged, 3),
+            **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
         }
         self._finisher.submit(
             Generated(
@@ -286,7 +287,8 @@ class Coordinator:
             check_fits(split, sizes, self._config, capacity_bytes=capacity)
         return split
 
-    def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> Any:
+    def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> tuple[Any, dict[str, float]]:
+        """The frames, and how many seconds each phase of the attempt that made them took."""
         world = self._context.world
         degrees = {name: getattr(plan, name) for name in ("cfg_degree", "ulysses_degree", "ring_degree")}
         self._reporter.job("started", job, {**degrees, "world_size": world.world_size})
@@ -300,7 +302,7 @@ class Coordinator:
                 return Stop.TIME_LIMIT_EXCEEDED
             return stop
 
-        def attempt() -> Any:
+        def attempt() -> tuple[Any, dict[str, float]]:
             clock = StepClock(self._measurements)
 
             def progress(phase: str, step: int, steps: int) -> None:
@@ -312,9 +314,12 @@ class Coordinator:
                 frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
             clock.finish()
             raise_for_outcomes(outcomes or [], world_size=world.world_size)
-            return frames
+            return frames, clock.phase_seconds
 
-        return self._settlement.in_place(job, self._config.limits.generate_attempts)(attempt)
+        made: tuple[Any, dict[str, float]] = self._settlement.in_place(job, self._config.limits.generate_attempts)(
+            attempt
+        )
+        return made
 
 
 def _attempt_of(delivery: Delivery) -> int:

@@ -18,6 +18,7 @@ class StepClock:
         self._phase: tuple[str, float] | None = None
         self._step: tuple[int, float] | None = None
         self._first: tuple[int, float] | None = None
+        self.phase_seconds: dict[str, float] = {}
 
     def tick(self, phase: str, step: int, steps: int) -> dict[str, Any]:
         """The data of a progress event, at the beginning of a step or of another phase."""
@@ -43,7 +44,9 @@ class StepClock:
         if phase == "denoise" and self._step is None:
             self._step = step, now
         if self._phase is not None and self._phase[0] != phase:
-            self._measurements.phase(self._phase[0], now - self._phase[1])
+            name, since = self._phase
+            self._measurements.phase(name, now - since)
+            self.phase_seconds[name] = round(self.phase_seconds.get(name, 0.0) + now - since, 3)
             self._phase = None
         if phase is not None and self._phase is None:
             self._phase = phase, now
