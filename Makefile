@@ -4,13 +4,13 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers test-tasks storm soak fuzz bench-recovery bench-loading check clean
+.PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: ## RabbitMQ, a virtual environment and the pinned packages; nothing to do when up to date
-	@ops/install.sh
+install: ## RabbitMQ, what the tests boot a systemd with, a virtual environment; nothing to do when up to date
+	@ops/install.sh --tests
 
 demo: ## install, then two videos and a dead letter on a private broker (REELD_AMQP_URL: on that one)
 	@ops/install.sh $(if $(REELD_AMQP_URL),--no-broker)
@@ -31,6 +31,9 @@ soak: install ## jobs without a pause for MINUTES=15, and whether memory, thread
 
 test-tasks: install ## every task on 1, 2, 3 and 4 ranks against plain DiffSynth, in every split (6 minutes)
 	OMP_NUM_THREADS=1 REELD_EVERY_TASK=1 $(BIN)/pytest tests/distributed/test_tasks.py
+
+test-install: install ## build a whole release and install it into a tree of its own (minutes, and 6 GB meanwhile)
+	REELD_BUILD_RELEASE=1 $(BIN)/pytest -k release tests/service/test_install.py
 
 fuzz: install ## send the daemon EXAMPLES=10000 odd messages: each must end as a job or a dead letter with a code
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -s -o timeout=7200 tests/broker/test_fuzz.py

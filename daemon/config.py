@@ -2,8 +2,8 @@
 
 Owns every setting, its default and its bounds. Environment variables are `REELD_` plus the path of the field
 with `__` between its parts (`REELD_BROKER__URL`); `REELD_AMQP_URL` is short for `REELD_BROKER__URL`. The
-environment is read here, once. Leaves out the job's own fields (`daemon.job`) and the model profiles
-(`parallel.profile`).
+environment is read here, once, and so is what lies in systemd's $CREDENTIALS_DIRECTORY. Leaves out the job's own
+fields (`daemon.job`) and the model profiles (`parallel.profile`).
 """
 
 import os
@@ -33,7 +33,9 @@ class BrokerConfig(Section):
 
     url: str = Field("amqp://guest:guest@127.0.0.1:5672/%2F", description="amqp:// or amqps:// URL", repr=False)
     url_file: Path | None = Field(None, description="file that holds the URL; wins over `url` (LoadCredential)")
-    ca_file: Path | None = None
+    ca_file: Path | None = Field(None, description="who may have signed the broker's certificate, for amqps://")
+    cert_file: Path | None = Field(None, description="our certificate, for a broker that asks for one")
+    key_file: Path | None = Field(None, description="its private key, where cert_file does not hold it as well")
     prefix: Name = Field("reeld", description="prefix of every exchange and queue")
     heartbeat_seconds: int = Field(30, ge=5, le=600)
     connect_timeout_seconds: float = Field(10, gt=0, le=120)
@@ -188,29 +190,10 @@ class LogConfig(Section):
     directory: Path | None = Field(None, description="also write rank-N.jsonl files there; logrotate may move them")
 
 
-class MetricsConfig(Section):
-    """Where the launcher answers `/metrics`, `/livez` and `/readyz`. There is no password: keep it on loopback."""
-
-    listen: str = Field("off", description="host:port, like 127.0.0.1:9464; port 0: any that is free; or off")
-
-    @field_validator("listen")
-    @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        if value != "off":
-            parts = urllib.parse.urlsplit(f"//{value}")
-            if not parts.hostname or parts.port is None or parts.netloc != value or "@" in value:
-                raise ValueError("must be host:port, or off")
-        return value
-
-    @property
-    def address(self) -> tuple[str, int] | None:
-        """Host and port, or None when it is off."""
-        if self.listen == "off":
-            return None
-        parts = urllib.parse.urlsplit(f"//{self.listen}")
-        assert parts.hostname is not None
-        assert parts.port is not None
-        return parts.hostname, parts.port
+def _worker_id() -> str:
+    """The host's name, and the unit's instance where there is one: a box may run several."""
+    parts = (socket.gethostname().replace("_", "-") or "worker", os.environ.get("REELD_INSTANCE"))
+    return "-".join(filter(None, parts))
 
 
 class Config(BaseSettings):
@@ -221,7 +204,7 @@ class Config(BaseSettings):
     )
 
     pool: Name | None = Field(None, description="what this daemon makes; by default the first model's profile")
-    worker_id: Name = Field(default_factory=lambda: socket.gethostname().replace("_", "-") or "worker")
+    worker_id: Name = Field(default_factory=_worker_id)
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -245,7 +228,6 @@ class Config(BaseSettings):
     limits: LimitsConfig = LimitsConfig()
     stall: StallConfig = StallConfig()
     log: LogConfig = LogConfig()
-    metrics: MetricsConfig = MetricsConfig()
 
     @field_validator("loras")
     @classmethod
@@ -282,6 +264,26 @@ class Config(BaseSettings):
         return env_settings, init_settings
 
 
+# What systemd's LoadCredential= puts into $CREDENTIALS_DIRECTORY, and the setting that it stands in for.
+_CREDENTIALS = {
+    "broker-url": "url_file",
+    "broker-ca": "ca_file",
+    "broker-cert": "cert_file",
+    "broker-key": "key_file",
+}
+
+
+def _pick_up_credentials(values: dict[str, Any]) -> None:
+    """Credentials that the service manager hands over; a path that the file names itself wins."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    broker = values.setdefault("broker", {})
+    if directory and isinstance(broker, dict):
+        for name, field in _CREDENTIALS.items():
+            path = Path(directory) / name
+            if path.is_file():
+                broker.setdefault(field, str(path))
+
+
 def load_config(path: Path | None) -> Config:
     """Reads and validates the whole configuration.
 
@@ -300,6 +302,7 @@ def load_config(path: Path | None) -> Config:
         broker = values.setdefault("broker", {})
         if isinstance(broker, dict):
             broker["url"] = short
+    _pick_up_credentials(values)
     try:
         return Config(**values)
     except SettingsError as error:  # a variable for a whole section or list that is not JSON

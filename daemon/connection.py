@@ -117,6 +117,27 @@ def redacted(url: str) -> str:
     return urlunsplit((parts.scheme, f"{user}{host}{port}", parts.path, "", ""))
 
 
+def _tls_context(broker: BrokerConfig) -> ssl.SSLContext:
+    """Raises ConfigError that names the file at fault."""
+    try:
+        context = ssl.create_default_context(cafile=str(broker.ca_file) if broker.ca_file else None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"broker.ca_file {broker.ca_file}: {error.strerror or error}") from error
+    if broker.cert_file is not None:
+        try:
+            # A key with a passphrase would have OpenSSL ask for it on a terminal that a service does not have.
+            context.load_cert_chain(broker.cert_file, broker.key_file, password=lambda: b"")
+        except (OSError, ssl.SSLError) as error:
+            files = " and ".join(f"broker.{name} {path}" for name, path in _certificate(broker))
+            raise ConfigError(f"{files}: {error.strerror or error}") from error
+    return context
+
+
+def _certificate(broker: BrokerConfig) -> list[tuple[str, object]]:
+    pairs = [("cert_file", broker.cert_file), ("key_file", broker.key_file)]
+    return [(name, path) for name, path in pairs if path is not None]
+
+
 def connect(broker: BrokerConfig, *, name: str) -> Connection:
     """Opens a connection once.
 
@@ -131,12 +152,8 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
     parameters.stack_timeout = broker.connect_timeout_seconds + 5
     parameters.blocked_connection_timeout = None
     parameters.client_properties = {"connection_name": name, "product": "reeld"}
-    if broker.ca_file is not None:
-        try:
-            context = ssl.create_default_context(cafile=str(broker.ca_file))
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"broker.ca_file {broker.ca_file}: {error.strerror or error}") from error
-        parameters.ssl_options = pika.SSLOptions(context, parameters.host)
+    if broker.ca_file is not None or broker.cert_file is not None:
+        parameters.ssl_options = pika.SSLOptions(_tls_context(broker), parameters.host)
     try:
         return Connection(parameters)
     except pika.exceptions.ProbableAuthenticationError as error:

@@ -59,6 +59,7 @@ class _Track:
         return {
             "state": now.state,
             "phase": now.phase,
+            "work": now.work,
             "job_id": now.job_id,
             "step": now.step,
             "steps": now.steps,
@@ -183,9 +184,8 @@ class HealthThread:
         # Set by the rank once it has joined.
         self.board: Board | None = None
         self.memory: Callable[[], dict[str, int]] = dict
-        self.publish: Callable[[list[dict[str, Any]]], None] | None = None
-        # What else the pulse says: on rank 0, of its broker and its work.
         self.for_launcher: Callable[[], dict[str, Any]] = dict
+        self.publish: Callable[[list[dict[str, Any]]], None] | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -227,7 +227,7 @@ class HealthThread:
             if self._pulse is None and (stall := find_stall(known, silent_seconds=silent, silence_limit_seconds=limit)):
                 log.error("stalled", stalled_rank=stall.rank, **{k: v for k, v in asdict(stall).items() if k != "rank"})
                 self._on_stall()
-            shown = {key: value for key, value in known.items() if key not in ("sequence", "jobs_succeeded")}
+            shown = {key: value for key, value in known.items() if key not in ("sequence", "jobs_succeeded", "work")}
             if read is not None and silent > 2 * self._interval:
                 # A rank that stopped writing grows old by the reader's clock, not by its own.
                 shown["last_progress_age_seconds"] = round(read["last_progress_age_seconds"] + silent, 3)

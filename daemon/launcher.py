@@ -2,16 +2,14 @@
 
 It is the unit's main process, because systemd sees only the main process's exit status and torchrun hides the
 ranks'. Owns the exit status, the restart of a broken group, and passing on the wish to drain. Leaves out what a rank
-does (`daemon.rank`).
+does (`daemon.rank`) and what systemd is told (`daemon.service_state`).
 """
 
-import contextlib
 import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -29,8 +27,9 @@ from daemon.logs import (
     setup_logs,
 )
 from daemon.models import check_models
+from daemon.notify import Notifier
 from daemon.preflight import look_at_broker
-from daemon.vitals import Vitals
+from daemon.service_state import ServiceState
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
@@ -40,6 +39,8 @@ log = structlog.get_logger("launcher")
 _STABLE_SECONDS = 3600.0
 _RESTARTS_IN_A_ROW = 10
 _LONGEST_PAUSE_SECONDS = 30.0
+# What comes after a drain's limit and grace: the ranks are dead, this process ends.
+_LEAVE_SECONDS = 30.0
 
 
 def check(config: Config) -> list[ModelFiles]:
@@ -58,6 +59,7 @@ def check(config: Config) -> list[ModelFiles]:
 
 def run(config: Config, config_path: Path | None) -> int:
     """Runs the ranks until they are drained. Returns the exit status. Raises ConfigError before anything starts."""
+    notifier = Notifier.from_environment()
     check(config)
     nproc = _resolve_nproc(config)
     with tempfile.TemporaryDirectory(prefix="reeld-") as runtime:
@@ -79,7 +81,7 @@ def run(config: Config, config_path: Path | None) -> int:
             directory=config.log.directory,
         )
         try:
-            return _Launcher(config, nproc, Path(runtime)).run()
+            return _Launcher(config, nproc, Path(runtime), ServiceState(notifier, nproc=nproc)).run()
         finally:
             finish_logs()
 
@@ -108,26 +110,24 @@ class RestartPolicy:
 
 
 class _Launcher:
-    def __init__(self, config: Config, nproc: int, runtime: Path) -> None:
+    def __init__(self, config: Config, nproc: int, runtime: Path, service: ServiceState) -> None:
         self._config = config
         self._nproc = nproc
         self._runtime = runtime
+        self._service = service
         self._ready = runtime / READY_MARK
         self._draining = False
         self._overdue = False
-        self._vitals = Vitals(config, nproc)
-        self._ended_by = "rank_failed"
-        self._on_restart: Callable[[str], None] = lambda _reason: None
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_overdue)
         try:
-            with contextlib.ExitStack() as stack:
-                self._open_endpoint(stack)
-                look_at_broker(self._config)
-                return self._run_groups()
+            self._service.progress()
+            self._service.say("looking at the broker")
+            look_at_broker(self._config)
+            return self._run_groups()
         except FatalError as error:
             for line in str(error).splitlines():
                 log.critical("fatal", reason=line, exit_status=int(error.exit_status))
@@ -138,21 +138,12 @@ class _Launcher:
         finally:
             signal.alarm(0)
 
-    def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
-        """Answers Prometheus and health checks until the stack is closed. Raises ConfigError when it cannot."""
-        if self._config.metrics.address is None:
-            return
-        from daemon.endpoint import Endpoint
-        from daemon.metrics import Metrics
-
-        metrics = Metrics(self._config, self._vitals, self._runtime, world_size=self._nproc)
-        self._on_restart = stack.enter_context(metrics).group_restarted
-        stack.enter_context(Endpoint(self._config.metrics, metrics, self._vitals))
-
     def _run_groups(self) -> int:
         policy = RestartPolicy()
         while True:
             log.info("starting_ranks", nproc_per_node=self._nproc)
+            self._service.progress()
+            self._service.say(f"starting {self._nproc} rank{'s' if self._nproc > 1 else ''}")
             self._ready.unlink(missing_ok=True)
             status, jobs_succeeded = self._run_group()
             self._log_crashes()
@@ -171,8 +162,7 @@ class _Launcher:
                 log.critical("stopped", exit_status=status, reason=reason)
                 return int(ExitStatus.FAILED)
             log.error("group_failed", exit_status=status, restart_in_seconds=pause)
-            self._vitals.group_ended(f"the group failed with status {status}; it starts again in {pause:g} s")
-            self._on_restart(self._ended_by)
+            self._service.say(f"the ranks failed with exit status {status}; starting them again in {pause:g} s")
             self._pause(pause)
             if self._draining:
                 log.info("stopped", exit_status=0, reason="asked to between two groups")
@@ -192,10 +182,9 @@ class _Launcher:
             join_seconds=stall.join_seconds,
             silence_seconds=stall.silence_seconds,
             grace_seconds=self._config.limits.outcome_grace_seconds,
+            on_progress=self._service.ranks,
         ) as watch:
-            self._vitals.group_started(watch)
             statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
-        self._ended_by = watch.ended_by or "rank_failed"
         if not statuses:
             return int(ExitStatus.OK), watch.jobs_succeeded
         log.error("ranks_failed", exit_statuses=statuses)
@@ -211,8 +200,8 @@ class _Launcher:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         again, self._draining = self._draining, True
-        self._vitals.draining = True
         limits = self._config.limits
+        self._service.stopping(within_seconds=limits.drain_seconds + limits.outcome_grace_seconds + _LEAVE_SECONDS)
         # Rank 0 obeys at its next step. A step that takes longer than this is not waited for.
         signal.alarm(math.ceil(limits.outcome_grace_seconds + (0 if again else limits.drain_seconds)))
         if not self._ready.exists():
@@ -231,6 +220,7 @@ class _Launcher:
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self._draining and (left := end - time.monotonic()) > 0:
+            self._service.progress()
             signal.sigtimedwait([signal.SIGCHLD], min(left, 1.0))
 
     def _log_crashes(self) -> None:

@@ -3,7 +3,9 @@
 # virtual environment in .venv with exactly the packages of requirements.lock (by hash), and reeld itself,
 # editable. Run it again at any time: it does nothing when all is there, and says so by silence.
 #
-#   ops/install.sh [--no-broker]     --no-broker: leave out RabbitMQ (the demo on a broker you already have)
+#   ops/install.sh [--no-broker] [--tests]
+#       --no-broker: leave out RabbitMQ (the demo on a broker you already have)
+#       --tests: also what the tests boot a systemd with
 #
 # PYTHON names the interpreter to build .venv with; by default the newest of python3, python3.14 … python3.11
 # that is 3.11 or newer. Needs root or sudo only while a distribution package is missing.
@@ -17,11 +19,14 @@ STAMP=.venv/.reeld-installed
 NEEDED_GIB=8
 
 with_broker=yes
-case "${1:-}" in
-    '') ;;
-    --no-broker) with_broker=no ;;
-    *) echo "usage: ops/install.sh [--no-broker]" >&2; exit 64 ;;
-esac
+with_tests=no
+for option in "$@"; do
+    case "$option" in
+        --no-broker) with_broker=no ;;
+        --tests) with_tests=yes ;;
+        *) echo "usage: ops/install.sh [--no-broker] [--tests]" >&2; exit 64 ;;
+    esac
+done
 
 say() { echo "install: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -50,6 +55,10 @@ fi
 if [ "$with_broker" = yes ]; then
     [ -x "$RABBITMQ" ] || missing="$missing rabbitmq-server"
     command -v amqp-publish >/dev/null || missing="$missing amqp-tools"
+fi
+if [ "$with_tests" = yes ]; then
+    command -v systemd-nspawn >/dev/null || missing="$missing systemd-container"
+    command -v mmdebstrap >/dev/null || missing="$missing mmdebstrap"
 fi
 missing=${missing# }
 

@@ -20,7 +20,8 @@ listeners.ssl.1 = 127.0.0.1:{port}
 ssl_options.cacertfile = {folder}/ca.pem
 ssl_options.certfile = {folder}/server.pem
 ssl_options.keyfile = {folder}/server.key
-ssl_options.verify = verify_none
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
 """
 
 
@@ -94,10 +95,21 @@ def test_row_13_untrusted_certificate_is_78(tls_url: tuple[str, Path], models: P
 
 
 def test_row_13_a_trusted_certificate_is_accepted(tls_url: tuple[str, Path], models: Path, tmp_path: Path) -> None:
-    """With the right ca_file the same broker is spoken to: what is wrong then is the topology only."""
+    """With the right ca_file, and a certificate of our own, which this broker asks for, the same broker is spoken to:
+    what is wrong then is the topology only."""
     url, folder = tls_url
-    lines = _fatal_lines(url, tmp_path, models, broker=f'ca_file = "{folder}/ca.pem"', status=78)
+    ours = f'ca_file = "{folder}/ca.pem"\ncert_file = "{folder}/server.pem"\nkey_file = "{folder}/server.key"'
+    lines = _fatal_lines(url, tmp_path, models, broker=ours, status=78)
     assert "topology differs" in lines[0]
+
+
+def test_row_13_a_certificate_of_our_own_that_is_none_is_78(models: Path, tmp_path: Path) -> None:
+    """What is no certificate and key ends the daemon with 78, and names both files."""
+    (tmp_path / "cert.pem").write_text("none")
+    broker = f'cert_file = "{tmp_path}/cert.pem"\nkey_file = "{tmp_path}/key.pem"'
+    (line,) = _fatal_lines("amqps://localhost:1/", tmp_path, models, broker=broker, status=78)
+    assert "broker.cert_file" in line
+    assert "broker.key_file" in line
 
 
 def _certificates(folder: Path) -> None:

@@ -140,6 +140,26 @@ def test_url_file_wins_over_url(file: Path, tmp_path: Path) -> None:
     assert config.broker.resolved_url() == "amqps://u:p@host/v"
 
 
+def test_credentials_are_picked_up(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd's LoadCredential= hands over stands in for the settings; a path in the file wins, what is not there
+    is left out."""
+    for name in ("broker-url", "broker-ca", "broker-cert"):
+        (tmp_path / name).write_text("amqps://user:secret@broker/")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    broker = load(file, LEAST + '[broker]\nca_file = "/etc/ssl/own.pem"\n').broker
+    assert broker.resolved_url() == "amqps://user:secret@broker/"
+    assert (broker.ca_file, broker.cert_file) == (Path("/etc/ssl/own.pem"), tmp_path / "broker-cert")
+    assert broker.key_file is None
+    assert load(file, LEAST).broker.ca_file == tmp_path / "broker-ca"
+
+
+def test_two_units_on_a_box_are_two_workers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit's instance is part of a worker's default name."""
+    alone = load(file, LEAST).worker_id
+    monkeypatch.setenv("REELD_INSTANCE", "wan-14b")
+    assert load(file, LEAST).worker_id == f"{alone}-wan-14b"
+
+
 @pytest.mark.parametrize("content", [None, b"", b"http://x:hunter2@y", b"\xff\xfe"])
 def test_an_unusable_url_file_is_a_configuration_error(file: Path, tmp_path: Path, content: bytes | None) -> None:
     """Missing, empty, wrong or binary: the file is named and its content is not."""
