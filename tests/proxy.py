@@ -100,10 +100,18 @@ class Proxy:
 
     A fault stays until `heal()`, and applies to the connections there are and to those to come. `observe` sees every
     frame as it comes, before any fault and before it is passed on, with the number of its connection; it must be quick.
+    `listening` is a socket to listen on instead: it may belong to another network namespace.
     """
 
-    def __init__(self, target_port: int, *, observe: Callable[[int, Direction, Frame], None] | None = None) -> None:
+    def __init__(
+        self,
+        target_port: int,
+        *,
+        observe: Callable[[int, Direction, Frame], None] | None = None,
+        listening: socket.socket | None = None,
+    ) -> None:
         self.port = 0
+        self._listening = listening
         self._observe = observe
         self._numbers = itertools.count(1)
         self._target_port = target_port
@@ -231,7 +239,10 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._on_client, _LOOPBACK, self.port)
+            if self._listening is not None:
+                self._server = await asyncio.start_server(self._on_client, sock=self._listening)
+            else:
+                self._server = await asyncio.start_server(self._on_client, _LOOPBACK, self.port)
             self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:

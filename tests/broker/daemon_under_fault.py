@@ -6,6 +6,7 @@ Owns the daemon, the proxy before it and a durable queue that hears every job's 
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,9 +46,9 @@ class DaemonUnderFault:
         publish(self.url, message, **properties)
         return str(message["job_id"])
 
-    def publish_long(self) -> str:
+    def publish_long(self, *, steps: int = 100) -> str:
         """A job that takes some seconds; returns its id once it is being generated."""
-        parameters = {"seed": 1, "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 100}
+        parameters = {"seed": 1, "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": steps}
         job_id = self.publish(job(parameters=parameters))
         self.worker.wait_log("job_started", job_id=job_id)
         return job_id
@@ -101,6 +102,20 @@ class DaemonUnderFault:
         """The next job is done. With prefetch_count 1 it only comes when every earlier delivery is settled."""
         job_id = self.publish(job())
         self.worker.wait_log("job_succeeded", job_id=job_id)
+
+    def check_refused(self, body: bytes, *, code: str, path: str, **properties: Any) -> str:
+        """Publishes `body` ("ID" becomes a job id) and checks that it ends as a dead letter and one failed event that
+        say so, and that nothing was begun. Returns the reason given."""
+        job_id = str(uuid.uuid4())
+        body = body.replace(b'"ID"', f'"{job_id}"'.encode())
+        publish(self.url, body, message_id=job_id, **properties)
+        self.check_serves()
+        (letter,) = take(self.url, TOPOLOGY.dead_queue)
+        assert (letter[0].headers["x-reeld-code"], letter[0].headers["x-reeld-path"]) == (code, path)
+        assert letter[1] == body
+        assert [name for name, _ in self.ends(job_id)] == ["failed"]
+        assert self.started(job_id) == 0
+        return str(letter[0].headers["x-reeld-message"])
 
     def rank0(self) -> int:
         pids: list[int] = [line["pid"] for line in self.worker.logs() if line["rank"] == 0]

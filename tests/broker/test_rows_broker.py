@@ -104,6 +104,26 @@ def test_row_08_alarm_holds_up_events_only(scene: Scene) -> None:
     assert daemon.progress(second) <= 2, "at most what was on its way when the alarm began, and the last one"
 
 
+def test_row_09_consumer_timeout(scene: Scene) -> None:
+    """When the broker's consumer_timeout takes a job away in mid-job, the daemon consumes again, and the manifest
+    prevents a second run. Up to 4.2 the channel is closed, from 4.3 on the consumer cancelled and its channel left."""
+    daemon, node = scene.daemon, scene.node
+    node.set_consumer_timeout(seconds=1)
+    lines = len(daemon.worker.lines())
+    daemon.proxy.reset("consumer")  # a channel keeps the timeout it was opened with
+    daemon.worker.wait_log("consuming", after=lines)
+    try:
+        lines = len(daemon.worker.lines())
+        job_id = daemon.publish_long(steps=200)
+        lost = daemon.worker.wait_log("connection_lost", after=lines, logger="consumer")
+    finally:
+        node.set_consumer_timeout(seconds=1800)
+    assert "ChannelClosed" in lost["reason"] or "ConsumerCancelled" in lost["reason"]
+    daemon.worker.wait_log("job_succeeded", job_id=job_id)
+    daemon.worker.wait_log("job_already_done", job_id=job_id, redelivered=True)
+    daemon.check_done_once(job_id)
+
+
 def test_row_10_cancelled_consumer(scene: Scene) -> None:
     """A consumer that the broker cancels (its queue was deleted) consumes again on a new channel, once it can."""
     lines = len(scene.daemon.worker.lines())

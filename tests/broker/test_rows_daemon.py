@@ -1,18 +1,20 @@
-"""Rows 4 to 7, 20, 21, 23, 24, 28 and 29 of the fault matrix: one daemon, the network to its broker, and its messages.
+"""Rows 4 to 7, 20, 21, 23, 24 and 28 of the fault matrix: one daemon, the network to its broker, and its messages.
 
 That bad messages reach no rank but 0 is shown in `tests/distributed/test_path.py`; the limits of inputs one by one in
 `tests/unit`.
 """
 
 import json
+import os
+import signal
 import time
-import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pika
+import pika.exceptions
 import pytest
 from PIL import Image
 
@@ -27,7 +29,8 @@ from tests.broker.daemon_under_fault import (
     daemon_under_fault,
     prepare_broker,
 )
-from tests.harness import fresh_vhost, job, publish, take
+from tests.harness import fresh_vhost, job, take
+from tests.node import api
 from tests.pictures import png_header
 from tests.proxy import TO_BROKER, TO_CLIENT
 
@@ -136,21 +139,21 @@ _BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
 def test_row_20_bad_message_is_dead_lettered(daemon: DaemonUnderFault, fault: str) -> None:
     """What is no valid job is dead-lettered with a code and the field's path, told to its publisher, never begun."""
     body, path = _BAD_MESSAGES[fault]
-    _refused(daemon, body, code="malformed_job", path=path)
+    daemon.check_refused(body, code="malformed_job", path=path)
 
 
 def test_row_21_oversized_body_is_not_parsed(daemon: DaemonUnderFault) -> None:
     """A body over limits.max_body_bytes is dead-lettered by its size."""
-    _refused(daemon, _body(metadata={"padding": "x" * (1 << 20)}), code="malformed_job", path="(body)")
+    daemon.check_refused(_body(metadata={"padding": "x" * (1 << 20)}), code="malformed_job", path="(body)")
 
 
 def test_row_21_oversized_prompt_and_image_bomb(daemon: DaemonUnderFault) -> None:
     """A prompt over its limit, and a picture of 3.6 gigapixels in a file of some bytes, are refused by their field."""
-    _refused(daemon, _body(prompt="fox " * 1001), code="malformed_job", path="prompt")
+    daemon.check_refused(_body(prompt="fox " * 1001), code="malformed_job", path="prompt")
     bomb = daemon.folder / "bomb.png"
     bomb.write_bytes(png_header(60_000, 60_000))
     body = _body(task="image_to_video", inputs={"input_image": bomb.as_uri()})
-    _refused(daemon, body, code="input_rejected", path="inputs.input_image")
+    daemon.check_refused(body, code="input_rejected", path="inputs.input_image")
 
 
 def test_row_23_unroutable_terminal_event_is_kept(daemon: DaemonUnderFault) -> None:
@@ -192,17 +195,69 @@ def test_row_24_missing_retry_queue_holds_the_job(daemon: DaemonUnderFault) -> N
     assert [name for name, _ in daemon.ends(job_id)] == ["succeeded"]
 
 
-def _refused(daemon: DaemonUnderFault, body: bytes, *, code: str, path: str) -> None:
-    """Publishes `body` and checks that it ends as a dead letter and one failed event, and that nothing was begun."""
-    job_id = str(uuid.uuid4())
-    body = body.replace(b'"ID"', f'"{job_id}"'.encode())
-    publish(daemon.url, body, message_id=job_id)
-    daemon.check_serves()
-    (letter,) = take(daemon.url, TOPOLOGY.dead_queue)
-    assert (letter[0].headers["x-reeld-code"], letter[0].headers["x-reeld-path"]) == (code, path)
-    assert letter[1] == body
-    assert [name for name, _ in daemon.ends(job_id)] == ["failed"]
-    assert daemon.started(job_id) == 0
+def test_row_24_full_retry_queue_holds_the_job(daemon: DaemonUnderFault, broker: PrivateBroker) -> None:
+    """While the ladder's queue is full the original is not acked; once there is room the copy goes there, with the
+    publisher's priority, and its expiration as a header."""
+    queue, vhost = TOPOLOGY.retry_queue(600), daemon.url.rpartition("/")[2]
+    api(broker, "PUT", f"/policies/{vhost}/full", {"pattern": "600s$", "definition": {"max-length": 1}})
+    connection = pika.BlockingConnection(pika.URLParameters(daemon.url))
+    channel = connection.channel()
+    channel.confirm_delivery()
+    for _ in range(2):
+        channel.basic_publish("", queue, b"others fill it")
+    with pytest.raises(pika.exceptions.NackError):
+        channel.basic_publish("", queue, b"no room")
+    connection.close()
+    acked = daemon.proxy.hold("Basic.Ack", TO_BROKER)
+    message = job(task="image_to_video", inputs={"input_image": (daemon.folder / "never.png").as_uri()})
+    daemon.publish(message, headers={"x-reeld-attempt": 3}, priority=4, expiration="3600000")
+    _wait_for_failures(daemon, queue, "full or unavailable")
+    assert not acked.caught.is_set()
+    # By taking them out, not by a larger limit: a quorum queue tells publishers that there is room when a message goes.
+    take(daemon.url, queue)
+    acked.wait()
+    daemon.proxy.release(acked)
+    api(broker, "DELETE", f"/policies/{vhost}/full")
+    ((properties, body),) = take(daemon.url, queue)
+    assert json.loads(body)["job_id"] == message["job_id"]
+    assert properties.headers["x-reeld-attempt"] == 4
+    assert properties.priority == 4
+    assert properties.expiration is None, "it would end the copy's stay on the ladder"
+    assert 0 < properties.headers["x-reeld-expires-at"] / 1000 - time.time() <= 3600
+    assert daemon.ends(message["job_id"]) == []
+
+
+def test_expired_job_is_not_begun(daemon: DaemonUnderFault) -> None:
+    """A job whose expiration has passed when it comes, from the ladder or by its timestamp, fails as `expired`."""
+    for properties in (
+        {"headers": {"x-reeld-expires-at": round(time.time() * 1000) - 1}},
+        {"expiration": "60000", "timestamp": round(time.time()) - 61},
+    ):
+        message = job()
+        daemon.publish(message, **properties)
+        daemon.worker.wait_log("job_failed", job_id=message["job_id"], code="expired")
+        daemon.check_serves()
+        assert [name for name, _ in daemon.ends(message["job_id"])] == ["failed"]
+        assert daemon.started(message["job_id"]) == 0
+        (letter,) = take(daemon.url, TOPOLOGY.dead_queue)
+        assert letter[0].headers["x-reeld-code"] == "expired"
+        assert "x-reeld-expires-at" not in letter[0].headers, "put back by hand it may run"
+
+
+def test_row_28_starved_connection_reconnects(daemon: DaemonUnderFault) -> None:
+    """Rank 0 does not run for longer than the heartbeat; the broker hangs up, and nothing runs twice."""
+    job_id = daemon.publish_long()
+    pid = daemon.rank0()
+    lines = len(daemon.worker.lines())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        while any("consumer" in name for name in daemon.proxy.names()):
+            time.sleep(0.2)  # the broker's patience; it offers no event
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    daemon.worker.wait_log("connection_lost", after=lines, logger="consumer")
+    daemon.worker.wait_log("job_succeeded", job_id=job_id)
+    daemon.check_done_once(job_id)
 
 
 def _wait_for_failures(daemon: DaemonUnderFault, queue: str, reason: str) -> None:

@@ -1,6 +1,7 @@
 """`make storm`: a storm by seed, its report, and exit status 0 when the checker found nothing."""
 
 import argparse
+import math
 import secrets
 import sys
 import tempfile
@@ -17,6 +18,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="by default one that is drawn and printed")
     parser.add_argument("--ranks", default="2,1", help="ranks of each daemon, as 2,1")
     parser.add_argument("--folder", type=Path, help="where the history and the report go")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no more jobs and faults after so long")
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="reeld-storm-")) / "storm"
     seed = secrets.randbelow(10**6) if asked.seed is None else asked.seed
@@ -28,6 +30,7 @@ def main() -> int:
         faults=max(1, asked.jobs // 5) if asked.faults is None else asked.faults,
         ranks=tuple(int(count) for count in asked.ranks.split(",")),
         say=lambda line: print(line, flush=True),
+        minutes=asked.minutes,
     )
     verdict = storm.run()
     print((folder / "report.md").read_text())

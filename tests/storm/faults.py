@@ -38,9 +38,14 @@ class Faults:
         self._cancel, self._wait = cancel, wait
 
     def do(self, fault: StormFault) -> str:
-        """Does one fault, waits as long as it lasts, and undoes it. Returns what it met; empty when it met nothing."""
-        daemon = self._daemons[fault.daemon % len(self._daemons)]
-        met = self._do(fault, daemon)
+        """Does one fault, waits as long as it lasts, and undoes it. Returns what it met; empty when it met nothing.
+
+        A daemon that is just being started has nothing that a fault could meet: then it is the next one's.
+        """
+        first = fault.daemon % len(self._daemons)
+        for daemon in [*self._daemons[first:], *self._daemons[:first]]:
+            if met := self._do(fault, daemon):
+                break
         self._recorder.add(Fault(what=fault.kind, detail=met))
         return met
 

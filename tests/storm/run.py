@@ -4,6 +4,7 @@ Owns the order of things. Evidence is recorded as it comes; the final state is t
 """
 
 import contextlib
+import math
 import time
 import urllib.error
 from collections.abc import Callable
@@ -33,7 +34,7 @@ _STUCK_SECONDS = 240.0  # without any job's end; more than a restart of everythi
 
 
 class Storm:
-    """One storm in `folder`. `say` gets a line now and then."""
+    """One storm in `folder`. `say` gets a line now and then. After `minutes` no more jobs and faults come."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Storm:
         faults: int,
         ranks: tuple[int, ...],
         say: Callable[[str], None],
+        minutes: float = math.inf,
     ) -> None:
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True)
@@ -54,6 +56,7 @@ class Storm:
             seed, jobs=jobs, faults=faults, daemons=len(ranks), image=image.as_uri()
         )
         self._models, self._ranks, self._say = models, ranks, say
+        self._fault_seconds = minutes * 60
         self.observed = Observed()
         self._daemons: list[Daemon] = []
         self._checks: list[Callable[[], None]] = []
@@ -133,11 +136,17 @@ class Storm:
 
     def _blow(self, faults: Faults, publisher: Publisher, listener: Listener, node: Node) -> None:
         """What happens while the jobs run: here, one fault after another."""
+        begun = time.monotonic()
         for number, fault in enumerate(self.schedule.faults):
+            if time.monotonic() - begun > self._fault_seconds:
+                self.observed.broken_off = f"time was up after {number} faults; no more jobs were published"
+                publisher.finish()
+                return
             self._progress_to(fault.after_jobs, listener)
             self._do(fault, faults, listener)
             if number % 20 == 19:
-                self._say(f"{number + 1} faults, {listener.ended()} jobs ended")
+                minutes = (time.monotonic() - begun) / 60
+                self._say(f"{number + 1} faults, {listener.ended()} jobs ended, {minutes:.1f} minutes")
 
     def _do(self, fault: StormFault, faults: Faults, listener: Listener) -> None:
         begun = time.monotonic()
