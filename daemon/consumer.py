@@ -311,7 +311,7 @@ def _expires_at(properties: Any, headers: dict[str, Any]) -> float | None:
     The broker says nothing of how long a message has waited. It dead-letters by itself what expires in the queue.
     """
     from_copy = headers.get(EXPIRES_HEADER)
-    if type(from_copy) is int:
+    if isinstance(from_copy, int):  # pika reads a long as an int of its own
         return from_copy / 1000
     try:
         time_to_live = int(properties.expiration) / 1000

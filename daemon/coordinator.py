@@ -290,7 +290,7 @@ class Coordinator:
 
 def _attempt_of(delivery: Delivery) -> int:
     attempt = delivery.headers.get(ATTEMPT_HEADER, 1)
-    return attempt if type(attempt) is int and attempt >= 1 else 1
+    return int(attempt) if isinstance(attempt, int) and attempt >= 1 else 1
 
 
 def _text_header(delivery: Delivery, name: str) -> str | None:

@@ -22,5 +22,6 @@ def test_a_short_storm_loses_nothing(models: Path, tmp_path: Path) -> None:
     print((storm.folder / "report.md").read_text())
     assert verdict.violations == []
     assert storm.observed.broken_off == ""
+    assert storm.observed.unnoticed == []
     assert storm.observed.met.total() >= 15, "most faults met something"
     assert verdict.counts["redeliveries"] > 0

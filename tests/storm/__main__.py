@@ -35,7 +35,7 @@ def main() -> int:
     verdict = storm.run()
     print((folder / "report.md").read_text())
     print(f"history, logs and report: {folder}")
-    return 0 if verdict.correct else 1
+    return 0 if verdict.correct and not storm.observed.unnoticed else 1
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class Publisher:
         self._kinds = {job.job_id: job.kind for job in jobs}
         self._channel: Any = None
         self._enough = False
+        self._up_to = len(jobs)
         self.published: list[StormJob] = []
         self.done = threading.Event()  # all jobs are published
         self.cancels = 0
@@ -146,6 +147,15 @@ class Publisher:
             self.cancel(job_id)
         self._wake.set()
 
+    def allow(self, jobs: int) -> None:
+        """Publishes so many jobs, and no further one before more are allowed."""
+        self._up_to = jobs
+        self._wake.set()
+
+    def waiting(self) -> int:
+        """How many jobs with an id are published and have not ended."""
+        return sum(job.job_id is not None for job in self.published) - self._ended()
+
     def finish(self) -> None:
         """No further job; cancels still go out."""
         self._enough = True
@@ -159,7 +169,9 @@ class Publisher:
     def _run(self) -> None:
         silent = 0
         for number, job in enumerate(self._jobs):
-            while number - silent - self._ended() >= self._ahead and not (self._stop or self._enough):
+            while not (self._stop or self._enough) and (
+                number >= self._up_to or number - silent - self._ended() >= self._ahead
+            ):
                 self._serve_cancels()
             if self._stop or self._enough:
                 break

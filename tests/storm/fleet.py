@@ -90,7 +90,7 @@ def make_daemon(folder: Path, models: Path, url: str, *, number: int, ranks: int
         topology="retry_delays_seconds = [1, 2, 4]",
         extra="[broker]\nheartbeat_seconds = 5\nconfirm_timeout_seconds = 5\n"
         "backoff_initial_seconds = 0.2\nbackoff_max_seconds = 2\n"
-        "[stall]\nfloor_seconds = 20\nsilence_seconds = 25\n",
+        "[stall]\nfloor_seconds = 20\nsilence_seconds = 25\njoin_seconds = 120\n",
     )
     text = config.read_text().replace('worker_id = "tester"', f'worker_id = "{worker_id}"')
     text = text.replace(f'directory = "{own}/output"', f'directory = "{folder}/output"')

@@ -22,6 +22,7 @@ class Observed:
     starts: int = 0
     cancels: int = 0
     broken_off: str = ""  # why the storm ended early
+    unnoticed: list[str] = field(default_factory=list)
 
 
 def report(schedule: Schedule, observed: Observed, verdict: Verdict, *, daemons: str, broker: str) -> str:
@@ -35,6 +36,7 @@ def report(schedule: Schedule, observed: Observed, verdict: Verdict, *, daemons:
         f"took {observed.seconds / 60:.1f} minutes; RabbitMQ {broker}; daemons: {daemons}.",
         "",
         *([f"Broken off: {observed.broken_off}", ""] if observed.broken_off else []),
+        *(f"Nobody noticed: {each}\n" for each in observed.unnoticed),
         "| jobs | published | deliveries | redelivered | acks | handed back | terminal events repeated | lost |",
         "|---|---|---|---|---|---|---|---|",
         "| " + " | ".join(

@@ -30,6 +30,7 @@ from tests.wire import Tap
 
 _TICK_SECONDS = 0.2
 _AHEAD = 8  # jobs that are published and have not ended
+_BEYOND = 100  # jobs that are published beyond those after which the next fault comes
 _STUCK_SECONDS = 240.0  # without any job's end; more than a restart of everything takes on a slow machine
 
 
@@ -113,6 +114,7 @@ class Storm:
         listener.thread.start()
         publisher.thread.start()
         faults = Faults(node, proxy, self._daemons, recorder, cancel=publisher.cancel, wait=self._wait)
+        self.observed.unnoticed = faults.unnoticed
         try:
             self._blow(faults, publisher, listener, node)
             self._until_all_ended(publisher, listener, node)
@@ -142,13 +144,15 @@ class Storm:
                 self.observed.broken_off = f"time was up after {number} faults; no more jobs were published"
                 publisher.finish()
                 return
+            publisher.allow(fault.after_jobs + _BEYOND)
             self._progress_to(fault.after_jobs, listener)
-            self._do(fault, faults, listener)
+            self._do(fault, faults, publisher, listener)
             if number % 20 == 19:
                 minutes = (time.monotonic() - begun) / 60
                 self._say(f"{number + 1} faults, {listener.ended()} jobs ended, {minutes:.1f} minutes")
+        publisher.allow(len(self.schedule.jobs))
 
-    def _do(self, fault: StormFault, faults: Faults, listener: Listener) -> None:
+    def _do(self, fault: StormFault, faults: Faults, publisher: Publisher, listener: Listener) -> None:
         begun = time.monotonic()
         met = faults.do(fault)
         (self.observed.met if met else self.observed.missed)[fault.kind] += 1
@@ -156,7 +160,7 @@ class Storm:
             return
         # How long until work goes on, counted from the fault itself, or from its end where it lasts.
         since = time.monotonic() if fault.seconds else begun
-        self._wait(60, lambda: any(at > since for at, _ in listener.started[-20:]))
+        self._wait(60, lambda: any(at > since for at, _ in listener.started[-20:]) or publisher.waiting() == 0)
         after = [at for at, _ in listener.started if at > since]
         if after:
             self.observed.recoveries[fault.kind].append(after[0] - since)
