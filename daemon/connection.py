@@ -166,6 +166,10 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
         raise BrokerUnavailableError(f"{shown}: closed during the TLS handshake") from error
     except ssl.SSLError as error:
         raise ConfigError(f"{shown}: no TLS on that port ({error.reason or error}): is it a plain port?") from error
+    except ValueError as error:
+        # pika's own, out of its loop: a socket that is reset between connect() and getpeername(). Parameters that mean
+        # nothing were refused above.
+        raise BrokerUnavailableError(f"{shown}: reset while connecting") from error
     except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
         cause = error.args[0] if error.args else error
         text = str(getattr(cause, "exception", cause) or type(error).__name__)

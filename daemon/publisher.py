@@ -180,10 +180,9 @@ class Publisher:
             self._lost(error)
             reason = repr(error)
         else:
-            if waiting is not None and (self._count_unrouted(message) or 0) > waiting:
-                log.warning("event_unrouted", routing_key=message.routing_key, kept_in=message.alternate_queue)
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller has just given up
                 request.done.set_result(None)
+            self._warn_of_unrouted(message, waiting)
             return
         request.failures += 1
         delay = self._backoff(request.failures)
@@ -221,6 +220,18 @@ class Publisher:
                 ),
                 mandatory=message.mandatory,
             )
+
+    def _warn_of_unrouted(self, message: Message, waited_before: int | None) -> None:
+        """Says so when a message that is confirmed was kept by the alternate exchange."""
+        if waited_before is None:
+            return
+        try:
+            waiting = self._count_unrouted(message)
+        except LOST as error:  # nothing to publish again for
+            self._lost(error)
+            return
+        if (waiting or 0) > waited_before:
+            log.warning("event_unrouted", routing_key=message.routing_key, kept_in=message.alternate_queue)
 
     def _count_unrouted(self, message: Message) -> int | None:
         """How many messages the alternate exchange keeps. An exchange with an alternate returns nothing, even if

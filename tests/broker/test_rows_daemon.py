@@ -105,6 +105,23 @@ def test_row_06_reset_between_confirm_and_ack(daemon: DaemonUnderFault) -> None:
     assert len(daemon.ends(job_id)) == 2, "the redelivery said it again"
 
 
+def test_row_06_publisher_reset_just_after_the_confirm(daemon: DaemonUnderFault) -> None:
+    """A publisher's connection that is lost when the confirm is there costs nothing: no second event, no process."""
+    published = daemon.proxy.hold("Basic.Publish", TO_BROKER, matches=lambda frame: b".succeeded" in frame.raw)
+    job_id = daemon.publish(job())
+    published.wait()
+    lines = len(daemon.worker.lines())
+    counted = daemon.proxy.hold("Channel.Close", TO_BROKER)  # of the look at the alternate exchange's queue
+    daemon.proxy.release(published)
+    counted.wait()
+    daemon.proxy.reset("publisher")
+    daemon.worker.wait_log("connection_lost", after=lines, logger="publisher")
+    daemon.worker.wait_log("job_succeeded", job_id=job_id)
+    daemon.check_done_once(job_id)
+    assert len(daemon.ends(job_id)) == 1
+    assert not daemon.events("uncaught_exception_in_thread")
+
+
 def test_row_07_publisher_confirm_that_never_comes(daemon: DaemonUnderFault) -> None:
     """A confirm that never comes meets its deadline; the result is published again on a new connection, then acked."""
     published = daemon.proxy.hold("Basic.Publish", TO_BROKER, matches=lambda frame: b".succeeded" in frame.raw)

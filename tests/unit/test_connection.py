@@ -8,8 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pika
+import pika.adapters.utils.io_services_utils
 import pytest
 
 from daemon.config import BrokerConfig
@@ -64,6 +66,29 @@ def test_a_login_that_is_cut_off_is_no_refused_password() -> None:
         client.recv(4096)
 
     with _peer(talk) as broker, pytest.raises(BrokerUnavailableError, match="before the login was through"):
+        connect(broker, name="test")
+
+
+def test_a_reset_while_connecting_means_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy whose broker is away accepts and resets at once. When that comes between two of pika's calls, pika raises
+    ValueError out of its loop, which ended the publisher's thread. The moment is forced here, the reset is real."""
+    connected, reset = threading.Event(), threading.Event()
+    connector = pika.adapters.utils.io_services_utils._AsyncStreamConnector
+    begin = connector.__init__
+
+    def begin_late(*args: Any, **kwargs: Any) -> None:
+        connected.set()
+        assert reset.wait(10)
+        begin(*args, **kwargs)
+
+    def talk(client: socket.socket) -> None:
+        connected.wait(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        reset.set()
+
+    monkeypatch.setattr(connector, "__init__", begin_late)
+    with _peer(talk) as broker, pytest.raises(BrokerUnavailableError, match="reset while connecting"):
         connect(broker, name="test")
 
 
