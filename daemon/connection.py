@@ -6,6 +6,7 @@ is known whether the broker blocks publishers. Leaves out what is done on a conn
 """
 
 import contextlib
+import random
 import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -176,6 +177,16 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
         raise BrokerUnavailableError(f"{shown}: {type(error).__name__} {text}".strip()) from error
 
 
+def backoff_seconds(broker: BrokerConfig, *, waited_seconds: float) -> float:
+    """How long to pause in an outage that has lasted so long already: random, at most a fifth of that time.
+
+    So pauses grow exponentially, and a broker that is back is noticed within 1.2 times of its absence. Doubling them
+    notices after up to twice that. Full jitter: many daemons must not come back at the same moment.
+    """
+    ceiling = max(broker.backoff_initial_seconds, waited_seconds / 5)
+    return random.uniform(0, min(broker.backoff_max_seconds, ceiling))
+
+
 def connect_with_backoff(
     broker: BrokerConfig,
     *,
@@ -185,7 +196,7 @@ def connect_with_backoff(
     stopped: Callable[[], bool],
     fatal: bool = True,
 ) -> Connection | None:
-    """Opens a connection, trying for ever with exponential backoff and full jitter. None when `stopped()`.
+    """Opens a connection, trying for ever with backoff and jitter (`backoff_seconds`). None when `stopped()`.
 
     `on_retry(reason, delay_seconds)` is called before each pause. FatalErrors pass through,
     or, when not `fatal`, are tried again like the others: what was accepted once may be accepted again.
@@ -201,9 +212,7 @@ def connect_with_backoff(
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_random_exponential(
-            multiplier=broker.backoff_initial_seconds, max=broker.backoff_max_seconds
-        ),
+        wait=lambda state: backoff_seconds(broker, waited_seconds=state.seconds_since_start or 0),
         stop=lambda _state: stopped(),
         sleep=sleep,
         before_sleep=before_sleep,

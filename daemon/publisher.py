@@ -23,7 +23,7 @@ import structlog
 from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.config import BrokerConfig
-from daemon.connection import LOST, Connection, connect
+from daemon.connection import LOST, Connection, backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError, FatalError, PublishError
 
 log = structlog.get_logger("publisher")
@@ -73,7 +73,7 @@ class Publisher:
         self._numbers = itertools.count()
         self._offered = 0
         self._connect_at = 0.0
-        self._refused = 0
+        self._away_since: float | None = None  # since when no connection could be had
         self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
@@ -253,12 +253,15 @@ class Publisher:
             return True
         if time.monotonic() < self._connect_at:
             return False
+        begun = time.monotonic()
         try:
             connection = connect(self._broker, name=f"reeld {self._worker_id} publisher")
         except (BrokerUnavailableError, FatalError) as error:
             # FatalError too: the consumer decides whether this process should end.
-            self._refused += 1
-            self._connect_at = time.monotonic() + self._backoff(self._refused)
+            self._away_since = self._away_since or begun
+            self._connect_at = time.monotonic() + backoff_seconds(
+                self._broker, waited_seconds=time.monotonic() - self._away_since
+            )
             self._status = f"waiting for the broker: {error}"
             log.debug("broker_unavailable", reason=str(error))
             return False
@@ -269,7 +272,7 @@ class Publisher:
         except LOST as error:
             self._lost(error)
             return False
-        self._refused = 0
+        self._away_since = None
         self._channel = channel
         self._status = "connected"
         return True

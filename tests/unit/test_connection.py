@@ -15,7 +15,7 @@ import pika.adapters.utils.io_services_utils
 import pytest
 
 from daemon.config import BrokerConfig
-from daemon.connection import connect
+from daemon.connection import backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError
 
 
@@ -55,6 +55,21 @@ def _peer(talk: Callable[[socket.socket], object]) -> Iterator[BrokerConfig]:
         url = f"amqp://guest:guest@127.0.0.1:{server.getsockname()[1]}/%2F"
         yield BrokerConfig(url=url, connect_timeout_seconds=0.5, heartbeat_seconds=5)
         thread.join(20)
+
+
+@pytest.mark.parametrize("outage_seconds", [0.1, 4, 60, 3600])
+def test_pauses_grow_with_the_outage_and_end_soon_after_it(outage_seconds: float) -> None:
+    """A broker that is back is tried again within a fifth of its absence, and is not hammered while it is away."""
+    broker = BrokerConfig(url="amqp://broker", backoff_initial_seconds=0.5, backoff_max_seconds=30)
+    waited, tries, pauses = 0.0, 0, set()
+    while waited <= outage_seconds:
+        pause = backoff_seconds(broker, waited_seconds=waited)
+        assert 0 <= pause <= min(30, max(0.5, waited / 5))
+        waited, tries = waited + pause, tries + 1
+        pauses.add(pause)
+    assert waited <= outage_seconds + max(0.5, outage_seconds / 5)
+    assert tries < 150 + outage_seconds / 5
+    assert len(pauses) == tries, "no jitter"
 
 
 def test_a_login_that_is_cut_off_is_no_refused_password() -> None:
