@@ -39,7 +39,7 @@ path = "/srv/models/tiny-t2v"
 # The ranks of a test's unit meet the test's faults; a hung launcher shall be noticed soon.
 DROP_IN = """
 [Service]
-WatchdogSec=20
+WatchdogSec=12
 RestartSec=1
 """
 # What a release is made of, and where its units come from.
