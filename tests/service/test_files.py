@@ -29,6 +29,17 @@ def test_the_exposure_is_as_stated_and_each_rest_of_it_is_explained(machine: Mac
     assert below.returncode != 0
 
 
+def test_the_target_is_all_instances(machine: Machine) -> None:
+    """An enabled instance comes and goes with reeld.target, and that with the machine."""
+    try:
+        machine.systemctl("enable", "reeld@wan-a.service", "reeld.target")
+        assert machine.show("reeld.target")["Wants"] == "reeld@wan-a.service"
+        assert machine.show("reeld.target")["ConsistsOf"] == "reeld@wan-a.service"
+        assert "reeld.target" in machine.show("multi-user.target")["Wants"].split()
+    finally:
+        machine.systemctl("disable", "reeld@wan-a.service", "reeld.target")
+
+
 def test_the_directories_have_their_owners(machine: Machine) -> None:
     """sysusers.d and tmpfiles.d give the unit's user its directories, and keep credentials to root."""
     shown = machine.run("stat", "-c", "%n %U %a", "/etc/reeld", "/etc/credstore", "/var/cache/reeld", "/var/log/reeld")
