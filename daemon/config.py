@@ -190,6 +190,31 @@ class LogConfig(Section):
     directory: Path | None = Field(None, description="also write rank-N.jsonl files there; logrotate may move them")
 
 
+class MetricsConfig(Section):
+    """Where the launcher answers `/metrics`, `/livez` and `/readyz`. There is no password: keep it on loopback."""
+
+    listen: str = Field("off", description="host:port, like 127.0.0.1:9464; port 0: any that is free; or off")
+
+    @field_validator("listen")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value != "off":
+            parts = urllib.parse.urlsplit(f"//{value}")
+            if not parts.hostname or parts.port is None or parts.netloc != value or "@" in value:
+                raise ValueError("must be host:port, or off")
+        return value
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port, or None when it is off."""
+        if self.listen == "off":
+            return None
+        parts = urllib.parse.urlsplit(f"//{self.listen}")
+        assert parts.hostname is not None
+        assert parts.port is not None
+        return parts.hostname, parts.port
+
+
 def _worker_id() -> str:
     """The host's name, and the unit's instance where there is one: a box may run several."""
     parts = (socket.gethostname().replace("_", "-") or "worker", os.environ.get("REELD_INSTANCE"))
@@ -228,6 +253,7 @@ class Config(BaseSettings):
     limits: LimitsConfig = LimitsConfig()
     stall: StallConfig = StallConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @field_validator("loras")
     @classmethod

@@ -21,6 +21,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, connect_with_backoff
 from daemon.errors import ConfigError, FatalError
+from daemon.measurements import SILENT, Measurements
 from daemon.topology import Topology
 
 log = structlog.get_logger("consumer")
@@ -49,6 +50,8 @@ class Delivery:
     headers: dict[str, Any]
     expires_at: float | None
     """When the publisher stops caring, as Unix time in seconds (the AMQP property `expiration`, a time to live)."""
+    published_at: int | None = None
+    """The AMQP property `timestamp`: Unix time in whole seconds, where the publisher says it."""
 
     @property
     def delivery_count(self) -> int:
@@ -86,6 +89,7 @@ class Consumer:
         prepare: Callable[[Connection], None],
         on_control: Callable[[str], None],
         patience_seconds: float = 60.0,
+        measurements: Measurements = SILENT,
     ) -> None:
         self._broker = broker
         self._topology = topology
@@ -93,6 +97,7 @@ class Consumer:
         self._prepare = prepare
         self._on_control = on_control
         self._patience = patience_seconds
+        self._measurements = measurements
         self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
         self._generation = 0
@@ -105,19 +110,33 @@ class Consumer:
         self.deliveries: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self.consuming = threading.Event()
         self.status = "connecting"
+        self.trouble: str | None = "disconnected"
+        """Why no job can come: disconnected, topology (a queue or exchange is missing or differs) or ended; or None."""
         self.fatal: FatalError | None = None
         self._thread = threading.Thread(target=self._run, name="consumer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def in_hand(self) -> int:
+        """How many deliveries are taken and not settled."""
+        return len(self._in_hand)
+
     def ack(self, delivery: Delivery) -> None:
         """Acks a delivery whose outcome is durable. On another channel than its own it does nothing."""
-        self._settle(delivery, "acked", lambda channel: channel.basic_ack(delivery.delivery_tag))
+        asked_at = time.monotonic()
+
+        def ack(channel: BlockingChannel) -> None:
+            channel.basic_ack(delivery.delivery_tag)
+            self._measurements.acked(time.monotonic() - asked_at)
+
+        self._settle(delivery, "acked", ack)
 
     def requeue(self, delivery: Delivery) -> None:
         """Gives a delivery back: it is not the job's fault."""
         self._settle(delivery, "requeued", lambda channel: channel.basic_nack(delivery.delivery_tag, requeue=True))
+        self._measurements.job_requeued()
 
     def drop_if_stale(self, delivery: Delivery) -> bool:
         """Whether the delivery's channel is gone, so that it comes again: then it must not be begun."""
@@ -177,6 +196,7 @@ class Consumer:
         finally:
             self.consuming.clear()
             self.status = f"failed: {self.fatal}" if self.fatal else "stopped"
+            self.trouble = "ended"
             self.deliveries.put(None)
 
     def _consume_once(self) -> None:
@@ -190,11 +210,14 @@ class Consumer:
         )
         if connection is None:
             return
+        if self._served_before:
+            self._measurements.reconnected("consumer")
         begun = time.monotonic()
         try:
             self._serve(connection)
         except LOST as error:
             self.status = f"connection lost: {type(error).__name__}"
+            self.trouble = "disconnected"
             log.warning("connection_lost", reason=repr(error))
         except ConfigError as error:
             self._on_topology_error(error)
@@ -218,6 +241,7 @@ class Consumer:
             if not self.consuming.is_set():
                 if self._in_hand:
                     self.status = "connected; consumes again once the job in hand is settled"
+                    self.trouble = None
                 else:
                     self._consume_jobs(channel)
             connection.process_data_events(time_limit=_TICK_SECONDS)
@@ -250,6 +274,7 @@ class Consumer:
         self._served_before = True
         self._broken_since = None
         self.status = "consuming"
+        self.trouble = None
         self.consuming.set()
         log.info("consuming", queue=self._topology.jobs_queue)
 
@@ -263,6 +288,7 @@ class Consumer:
         if not self._served_before or now - self._broken_since > self._patience:
             raise error
         self.status = f"topology error: {error}"
+        self.trouble = "topology"
         log.error("topology_error", reason=str(error), gives_up_in_seconds=self._broken_since + self._patience - now)
 
     def _on_delivery(self, _channel: BlockingChannel, method: Any, properties: Any, body: bytes) -> None:
@@ -282,6 +308,7 @@ class Consumer:
                 priority=properties.priority,
                 headers=headers,
                 expires_at=_expires_at(properties, headers),
+                published_at=properties.timestamp,
             )
         )
 

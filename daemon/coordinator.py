@@ -36,6 +36,7 @@ from daemon.finisher import Finisher, Generated
 from daemon.job import JOB_ID_PATTERN, Job, make_job, parse_job_message
 from daemon.logs import finish_logs
 from daemon.loras import resolve_loras
+from daemon.measurements import SILENT, Measurements
 from daemon.planning import Draft, draft_plan
 from daemon.reporter import ATTEMPT_HEADER, Reporter
 from daemon.scratch import Scratch
@@ -56,12 +57,19 @@ class Coordinator:
     """Serves deliveries one by one until it is told to drain."""
 
     def __init__(
-        self, config: Config, context: RankContext, consumer: Consumer, reporter: Reporter, storage: Storage
+        self,
+        config: Config,
+        context: RankContext,
+        consumer: Consumer,
+        reporter: Reporter,
+        storage: Storage,
+        measurements: Measurements = SILENT,
     ) -> None:
         self._config = config
         self._context = context
         self._consumer = consumer
         self._reporter = reporter
+        self._measurements = measurements
         cancelled = Cancellations(
             config.work_directory / f"{config.worker_id}.cancelled.jsonl",
             memory_seconds=config.limits.cancel_memory_seconds,
@@ -74,12 +82,18 @@ class Coordinator:
             retry_delays_seconds=config.topology.retry_delays_seconds,
             pause=self._asked.pause,
             cancellations=cancelled,
+            measurements=measurements,
         )
-        self._finisher = Finisher(config, context.state, self._settlement, reporter, storage)
+        self._finisher = Finisher(config, context.state, self._settlement, reporter, storage, measurements)
         self._profiles = {name: model.files.profile for name, model in context.models.items()}
         self._scratch = Scratch(config.work_directory)
         self._job_id: str | None = None
         self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
+
+    @property
+    def drain_reason(self) -> str | None:
+        """Who asked to drain: a signal's name, or `control`."""
+        return self._asked.drain_reason
 
     def drain(self, reason: str) -> None:
         """Finish the job in hand and stop. Asked a second time: hand the job back at once. Safe in a signal handler."""
@@ -201,6 +215,11 @@ class Coordinator:
         self._check_not_deadly(delivery)
         received = time.monotonic()
         log.info("job_accepted", task=job.message.task, redelivered=delivery.redelivered)
+        published_at = None if delivery.redelivered else delivery.published_at
+        self._measurements.job_accepted(
+            queue_wait_seconds=None if published_at is None else time.time() - published_at,
+            redelivered=delivery.redelivered,
+        )
         self._reporter.job("accepted", job, {})
         draft = draft_plan(job, self._profiles, self._config.limits)
         model = self._context.models[draft.plan.model]
@@ -208,16 +227,26 @@ class Coordinator:
         try:
             plan = self._split(replace(self._stage(job, draft), loras=loras))
             staged = time.monotonic()
-            frames = self._generate(job, delivery, plan)
+            self._measurements.phase("stage", staged - received)
+            frames, phases = self._generate(job, delivery, plan)
         finally:
             self._scratch.close()
         generated = time.monotonic()
         timings = {
             "stage_seconds": round(staged - received, 3),
             "generate_seconds": round(generated - staged, 3),
+            **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
         }
         self._finisher.submit(
-            Generated(job=job, delivery=delivery, draft=draft, plan=plan, frames=frames, timings=timings)
+            Generated(
+                job=job,
+                delivery=delivery,
+                draft=draft,
+                plan=plan,
+                frames=frames,
+                timings=timings,
+                accepted_at=received,
+            )
         )
         return False  # acked by its own commit, in the finisher
 
@@ -258,7 +287,8 @@ class Coordinator:
             check_fits(split, sizes, self._config, capacity_bytes=capacity)
         return split
 
-    def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> Any:
+    def _generate(self, job: Job, delivery: Delivery, plan: GenerationPlan) -> tuple[Any, dict[str, float]]:
+        """The frames, and how many seconds each phase of the attempt that made them took."""
         world = self._context.world
         degrees = {name: getattr(plan, name) for name in ("cfg_degree", "ulysses_degree", "ring_degree")}
         self._reporter.job("started", job, {**degrees, "world_size": world.world_size})
@@ -272,8 +302,8 @@ class Coordinator:
                 return Stop.TIME_LIMIT_EXCEEDED
             return stop
 
-        def attempt() -> Any:
-            clock = StepClock()
+        def attempt() -> tuple[Any, dict[str, float]]:
+            clock = StepClock(self._measurements)
 
             def progress(phase: str, step: int, steps: int) -> None:
                 self._reporter.progress(job, clock.tick(phase, step, steps))
@@ -282,10 +312,14 @@ class Coordinator:
             with DivergenceWatch(self._context, lambda outcomes: self._end_diverged(job, delivery, outcomes)):
                 world.broadcast_command(Generate(plan))
                 frames, outcomes = attempt_plan(plan, self._context, decide=decide, progress=progress)
+            clock.finish()
             raise_for_outcomes(outcomes or [], world_size=world.world_size)
-            return frames
+            return frames, clock.phase_seconds
 
-        return self._settlement.in_place(job, self._config.limits.generate_attempts)(attempt)
+        made: tuple[Any, dict[str, float]] = self._settlement.in_place(job, self._config.limits.generate_attempts)(
+            attempt
+        )
+        return made
 
 
 def _attempt_of(delivery: Delivery) -> int:

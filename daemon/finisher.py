@@ -19,6 +19,7 @@ from daemon.errors import ErrorCode, PermanentJobError
 from daemon.events import now
 from daemon.health import RankState
 from daemon.job import Job
+from daemon.measurements import SILENT, Measurements
 from daemon.planning import Draft
 from daemon.reporter import Reporter
 from daemon.settlement import Settlement
@@ -49,7 +50,7 @@ _ASKED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """A job whose frames are there. `frames` is (num_frames, height, width, 3), uint8."""
+    """A job whose frames are there. `frames` is (num_frames, height, width, 3), uint8; `accepted_at` monotonic."""
 
     job: Job
     delivery: Delivery
@@ -57,19 +58,27 @@ class Generated:
     plan: GenerationPlan
     frames: Any
     timings: dict[str, float]
+    accepted_at: float
 
 
 class Finisher:
     """Finishes one job at a time, off the main thread, and acks each by its own commit."""
 
     def __init__(
-        self, config: Config, state: RankState, settlement: Settlement, reporter: Reporter, storage: Storage
+        self,
+        config: Config,
+        state: RankState,
+        settlement: Settlement,
+        reporter: Reporter,
+        storage: Storage,
+        measurements: Measurements = SILENT,
     ) -> None:
         self._config = config
         self._state = state
         self._settlement = settlement
         self._reporter = reporter
         self._storage = storage
+        self._measurements = measurements
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
         self._running: dict[str, Future[None]] = {}
 
@@ -112,6 +121,7 @@ class Finisher:
             return False
         _check_same_request(manifest, job)
         log.info("job_already_done", redelivered=delivery.redelivered)
+        self._measurements.job_repeated()
         return self._settlement.publish(
             delivery, lambda: self._reporter.terminal("succeeded", job, {"result": manifest["result"]})
         )
@@ -131,7 +141,9 @@ class Finisher:
     def _commit(self, generated: Generated) -> bool:
         job, delivery = generated.job, generated.delivery
         write = self._settlement.in_place(job, self._config.limits.io_attempts, cancellable=False)
-        manifest = write(self._write, generated, time.monotonic())
+        begun = time.monotonic()
+        manifest = write(self._write, generated, begun)
+        self._measurements.phase("finish", time.monotonic() - begun)
         self._state.finishing(job.job_id)  # the broker may be away for as long as it likes
         _check_same_request(manifest, job)
         confirmed = self._settlement.publish(
@@ -139,6 +151,8 @@ class Finisher:
         )
         if confirmed:
             self._state.succeeded()
+            self._measurements.job_ended("succeeded")
+            self._measurements.job_seconds(time.monotonic() - generated.accepted_at)
             log.info("job_succeeded", video=manifest["result"]["video"]["path"], **manifest["result"]["timings"])
         return confirmed
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ def rank_processes() -> dict[int, psutil.Process]:
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What the watch knows now: each rank's last record, how long ago it came, who died, and the stall, if any."""
+
+    records: dict[int, dict[str, Any]]
+    silent: dict[int, float]
+    dead: list[int]
+    stall: Stall | None
+    looked_seconds_ago: float
+
+
 class GroupWatch:
     """Watches one group from its start to its end; a context manager around the run.
 
@@ -66,6 +77,12 @@ class GroupWatch:
         self._on_progress = on_progress
         self._ages = RecordAges()
         self._records: dict[int, dict[str, Any]] = {}
+        self._silent: dict[int, float] = {}
+        self._looked_at = time.monotonic()
+        self._stall: Stall | None = None
+        self._ended = False  # by this watch: then it no longer looks
+        self._lock = threading.Lock()
+        self._dead: list[int] = []
         self._first_death: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="group-watch", daemon=True)
@@ -86,28 +103,53 @@ class GroupWatch:
         """How many jobs the group has finished with a video."""
         return int(self._records.get(0, {}).get("jobs_succeeded", 0))
 
+    @property
+    def ended_by(self) -> str | None:
+        """Why this watch ended the group, if it did: `stalled`, or `survivors_killed` after a rank's death."""
+        if not self._ended:
+            return None
+        return "stalled" if self._stall is not None else "survivors_killed"
+
+    def look(self) -> Look:
+        """What is known now. For any thread."""
+        with self._lock:
+            since = time.monotonic() - self._looked_at
+            return Look(
+                records=dict(self._records),
+                silent={rank: seconds + since for rank, seconds in self._silent.items()},
+                dead=self._dead,
+                stall=self._stall,
+                looked_seconds_ago=0.0 if self._ended else since,
+            )
+
     def _run(self) -> None:
         while not self._stop.wait(_TICK_SECONDS):
             self._read_all()
             stall = self._find_stall()
             if stall is not None:
+                with self._lock:
+                    self._stall, self._ended = stall, True
                 self._end_stalled(stall)
                 return
             if self._outlived():
+                self._ended = True
                 log.error("survivors_killed", ranks=sorted(kill_ranks()), grace_seconds=self._grace)
                 return
             self._on_progress(self._records)
 
     def _read_all(self) -> None:
-        for rank in range(self._world_size):
-            # A record that is just being written over does not parse; the one before it still counts.
-            with contextlib.suppress(ValueError):
-                self._records[rank] = json.loads(pulse_path(self._runtime, rank).read_bytes())
+        with self._lock:
+            for rank in range(self._world_size):
+                # A record that is just being written over does not parse; the one before it still counts.
+                with contextlib.suppress(ValueError):
+                    self._records[rank] = json.loads(pulse_path(self._runtime, rank).read_bytes())
+                self._silent[rank] = self._ages.silent_seconds(rank, self._records.get(rank))
+            self._looked_at = time.monotonic()
 
     def _find_stall(self) -> Stall | None:
         for rank in range(self._world_size):
             record = self._records.get(rank)
-            silent = self._ages.silent_seconds(rank, record)
+            silent = self._silent[rank]
             if record is not None and record["state"] == "left":
                 continue
             stall = find_stall(
@@ -123,6 +165,7 @@ class GroupWatch:
         """Whether ranks outlive, past the grace, one that ended without having left."""
         alive = rank_processes()
         dead = [rank for rank, record in self._records.items() if rank not in alive and record["state"] != "left"]
+        self._dead = dead
         if not dead or not alive:
             self._first_death = None
             return False

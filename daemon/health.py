@@ -184,8 +184,9 @@ class HealthThread:
         # Set by the rank once it has joined.
         self.board: Board | None = None
         self.memory: Callable[[], dict[str, int]] = dict
-        self.for_launcher: Callable[[], dict[str, Any]] = dict
         self.publish: Callable[[list[dict[str, Any]]], None] | None = None
+        # What else the pulse says: on rank 0, of its broker and its work.
+        self.for_launcher: Callable[[], dict[str, Any]] = dict
 
     def start(self) -> None:
         self._thread.start()

@@ -5,11 +5,13 @@ ranks'. Owns the exit status, the restart of a broken group, and passing on the 
 does (`daemon.rank`) and what systemd is told (`daemon.service_state`).
 """
 
+import contextlib
 import math
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -30,6 +32,7 @@ from daemon.models import check_models
 from daemon.notify import Notifier
 from daemon.preflight import look_at_broker
 from daemon.service_state import ServiceState
+from daemon.vitals import Vitals
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
@@ -118,16 +121,21 @@ class _Launcher:
         self._ready = runtime / READY_MARK
         self._draining = False
         self._overdue = False
+        self._vitals = Vitals(config, nproc)
+        self._ended_by = "rank_failed"
+        self._on_restart: Callable[[str], None] = lambda _reason: None
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_overdue)
         try:
-            self._service.progress()
-            self._service.say("looking at the broker")
-            look_at_broker(self._config)
-            return self._run_groups()
+            with contextlib.ExitStack() as stack:
+                self._open_endpoint(stack)
+                self._service.progress()
+                self._service.say("looking at the broker")
+                look_at_broker(self._config)
+                return self._run_groups()
         except FatalError as error:
             for line in str(error).splitlines():
                 log.critical("fatal", reason=line, exit_status=int(error.exit_status))
@@ -137,6 +145,17 @@ class _Launcher:
             return int(ExitStatus.OK)
         finally:
             signal.alarm(0)
+
+    def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
+        """Answers Prometheus and health checks until the stack is closed. Raises ConfigError when it cannot."""
+        if self._config.metrics.address is None:
+            return
+        from daemon.endpoint import Endpoint
+        from daemon.metrics import Metrics
+
+        metrics = Metrics(self._config, self._vitals, self._runtime, world_size=self._nproc)
+        self._on_restart = stack.enter_context(metrics).group_restarted
+        stack.enter_context(Endpoint(self._config.metrics, metrics, self._vitals))
 
     def _run_groups(self) -> int:
         policy = RestartPolicy()
@@ -162,6 +181,8 @@ class _Launcher:
                 log.critical("stopped", exit_status=status, reason=reason)
                 return int(ExitStatus.FAILED)
             log.error("group_failed", exit_status=status, restart_in_seconds=pause)
+            self._vitals.group_ended(f"the group failed with status {status}; it starts again in {pause:g} s")
+            self._on_restart(self._ended_by)
             self._service.say(f"the ranks failed with exit status {status}; starting them again in {pause:g} s")
             self._pause(pause)
             if self._draining:
@@ -184,7 +205,9 @@ class _Launcher:
             grace_seconds=self._config.limits.outcome_grace_seconds,
             on_progress=self._service.ranks,
         ) as watch:
+            self._vitals.group_started(watch)
             statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
+        self._ended_by = watch.ended_by or "rank_failed"
         if not statuses:
             return int(ExitStatus.OK), watch.jobs_succeeded
         log.error("ranks_failed", exit_statuses=statuses)
@@ -200,6 +223,7 @@ class _Launcher:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         again, self._draining = self._draining, True
+        self._vitals.draining = True
         limits = self._config.limits
         self._service.stopping(within_seconds=limits.drain_seconds + limits.outcome_grace_seconds + _LEAVE_SECONDS)
         # Rank 0 obeys at its next step. A step that takes longer than this is not waited for.

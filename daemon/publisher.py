@@ -25,6 +25,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError, FatalError, PublishError
+from daemon.measurements import SILENT, Measurements
 
 log = structlog.get_logger("publisher")
 
@@ -65,8 +66,10 @@ class _Request:
 class Publisher:
     """Publishes over one connection with confirms, from a thread of its own. `status` says how that goes."""
 
-    def __init__(self, broker: BrokerConfig, *, worker_id: str) -> None:
+    def __init__(self, broker: BrokerConfig, *, worker_id: str, measurements: Measurements = SILENT) -> None:
         self._broker = broker
+        self._measurements = measurements
+        self._connected_before = False
         self._worker_id = worker_id
         self._requests: queue.SimpleQueue[_Request | Message | None] = queue.SimpleQueue()
         self._later: list[tuple[float, int, _Request]] = []  # a heap: when, its number, what
@@ -88,6 +91,14 @@ class Publisher:
         blocked = connection.blocked if connection is not None else None
         return f"blocked by the broker: {blocked}" if blocked else self._status
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be published: disconnected or blocked (a broker's alarm); or None."""
+        connection = self._connection
+        if connection is None or self._channel is None:
+            return "disconnected"
+        return "blocked" if connection.blocked else None
+
     def publish(self, message: Message, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Publishes and waits for the broker's confirm, for as long as that takes.
 
@@ -95,6 +106,7 @@ class Publisher:
         Raises FatalError when the publisher's thread is gone.
         """
         request = _Request(message)
+        begun = time.monotonic()
         self._requests.put(request)
         while True:
             try:
@@ -105,6 +117,7 @@ class Publisher:
                 if give_up() and request.done.cancel():
                     raise PublishError(f"{message.routing_key} not confirmed; {self.status}") from None
             else:
+                self._measurements.published(time.monotonic() - begun)
                 return
 
     def offer(self, message: Message) -> None:
@@ -185,6 +198,7 @@ class Publisher:
             self._warn_of_unrouted(message, waiting)
             return
         request.failures += 1
+        self._measurements.publish_failed()
         delay = self._backoff(request.failures)
         log.warning(
             "publish_failed",
@@ -274,6 +288,9 @@ class Publisher:
             return False
         self._away_since = None
         self._channel = channel
+        if self._connected_before:
+            self._measurements.reconnected("publisher")
+        self._connected_before = True
         self._status = "connected"
         return True
 

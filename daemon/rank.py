@@ -25,6 +25,7 @@ from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
 from daemon.logs import READY_MARK, RUNTIME_VARIABLE, finish_logs
+from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
 from daemon.reporter import Reporter
@@ -47,7 +48,7 @@ log = structlog.get_logger("process")
 # the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _LOADING_LOG_SECONDS = 5.0
-_STATUS_CHARACTERS = 1000  # a pulse has a fixed size
+_STATUS_CHARACTERS = 500  # of a pulse's 4096 bytes, three times
 
 
 def run_rank(config: Config) -> int:
@@ -80,7 +81,14 @@ def run_rank(config: Config) -> int:
     return status
 
 
-def _load(config: Config, world: World, state: RankState, files: list[ModelFiles]) -> Mapping[str, LoadedModel]:
+def _load(
+    config: Config,
+    world: World,
+    state: RankState,
+    files: list[ModelFiles],
+    *,
+    on_loaded: Callable[[str, float], None] = lambda _model, _seconds: None,
+) -> Mapping[str, LoadedModel]:
     models: dict[str, LoadedModel] = {}
     for configured, each in zip(config.models, files, strict=True):
         name = each.profile.name
@@ -113,6 +121,7 @@ def _load(config: Config, world: World, state: RankState, files: list[ModelFiles
             raise ConfigError(str(error)) from error
         except (ValueError, ReadError) as error:
             raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
+        on_loaded(name, time.monotonic() - begun)
         log.info("model_loaded", model=name, memory=config.memory, seconds=round(time.monotonic() - begun, 3))
     return models
 
@@ -146,7 +155,9 @@ def _follow(config: Config, world: World, state: RankState, files: list[ModelFil
 def _coordinate(config: Config, world: World, state: RankState, health: HealthThread, files: list[ModelFiles]) -> int:
     """Rank 0: consumes, plans, broadcasts, generates, encodes, publishes, acks."""
     topology = topology_of(config)
-    publisher = Publisher(config.broker, worker_id=config.worker_id)
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    measurements = Measurements(Path(runtime) if runtime else None)
+    publisher = Publisher(config.broker, worker_id=config.worker_id, measurements=measurements)
     reporter = Reporter(publisher, topology, worker_id=config.worker_id)
     begun = time.time()
     about = {
@@ -168,6 +179,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         prepare=lambda connection: prepare_topology(connection, topology, apply=config.topology.apply),
         on_control=on_control,
         patience_seconds=config.topology.patience_seconds,
+        measurements=measurements,
     )
 
     def heartbeat(ranks: list[dict[str, Any]]) -> None:
@@ -185,15 +197,26 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
             },
         )
 
+    def service() -> dict[str, Any]:
+        return {
+            "serving": coordinator is not None,
+            "draining": coordinator.drain_reason if coordinator is not None else None,
+            "in_hand": consumer.in_hand,
+            **{
+                name: {"trouble": each.trouble, "status": each.status[:_STATUS_CHARACTERS]}
+                for name, each in (("consumer", consumer), ("publisher", publisher))
+            },
+        }
+
     publisher.start()
+    health.for_launcher = lambda: {"service": service(), "consumer": consumer.status[:_STATUS_CHARACTERS]}
     health.publish = heartbeat
-    health.for_launcher = lambda: {"consumer": consumer.status[:_STATUS_CHARACTERS]}
-    context = RankContext(world, _load(config, world, state, files), state, config.limits.outcome_grace_seconds)
+    models = _load(config, world, state, files, on_loaded=measurements.model_loaded)
+    context = RankContext(world, models, state, config.limits.outcome_grace_seconds)
     storage = Storage(config.output.directory)
     with contextlib.suppress(TransientJobError):  # then the first job says so
         storage.open()
-    coordinator = Coordinator(config, context, consumer, reporter, storage)
-    runtime = os.environ.get(RUNTIME_VARIABLE)
+    coordinator = Coordinator(config, context, consumer, reporter, storage, measurements)
     _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
     reporter.worker("started", about)

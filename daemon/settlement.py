@@ -14,6 +14,7 @@ import tenacity
 from daemon.cancellations import Cancellations
 from daemon.consumer import Consumer, Delivery
 from daemon.errors import (
+    ErrorCode,
     JobCancelled,
     JobError,
     JobHandedBack,
@@ -22,6 +23,7 @@ from daemon.errors import (
     TransientJobError,
 )
 from daemon.job import Job, salvage_job_id
+from daemon.measurements import SILENT, Measurements
 from daemon.reporter import Reporter
 
 log = structlog.get_logger("job")
@@ -38,12 +40,14 @@ class Settlement:
         retry_delays_seconds: tuple[int, ...],
         pause: Callable[[float, str | None], None],
         cancellations: Cancellations,
+        measurements: Measurements = SILENT,
     ) -> None:
         self._consumer = consumer
         self._reporter = reporter
         self._ladder = retry_delays_seconds
         self._pause = pause
         self._cancellations = cancellations
+        self._measurements = measurements
 
     def settle(self, job: Job, delivery: Delivery, work: Callable[[], bool]) -> None:
         """Runs `work` and gives its errors their consequence. `work` returns whether the delivery may be acked."""
@@ -56,6 +60,8 @@ class Settlement:
         except JobCancelled:
             done = self.publish(delivery, lambda: self._reporter.terminal("cancelled", job, {}))
             log.info("job_cancelled")
+            if done:
+                self._measurements.job_ended("cancelled", ErrorCode.CANCELLED)
         except TransientJobError as error:
             done = self._retry_or_fail(job, delivery, error)
         except PermanentJobError as error:
@@ -71,6 +77,7 @@ class Settlement:
         if self.publish(
             delivery, lambda: self._reporter.failed_malformed(delivery, error, job_id=job_id, digest=digest)
         ):
+            self._measurements.job_ended("failed", error.code)
             self._consumer.ack(delivery)
 
     def requeue(self, delivery: Delivery) -> None:
@@ -97,6 +104,7 @@ class Settlement:
             error = state.outcome.exception() if state.outcome else None
             delay = state.next_action.sleep if state.next_action else 0.0
             if isinstance(error, JobError):
+                self._measurements.job_retried("in_place", error.code)
                 log.warning("retrying_in_place", code=str(error.code), reason=error.message, delay_seconds=delay)
                 self._reporter.job(
                     "retrying",
@@ -118,9 +126,15 @@ class Settlement:
             return self._fail(job, delivery, error)
         delay = self._ladder[job.attempt - 1]
         log.warning("job_retried_later", code=str(error.code), reason=error.message, delay_seconds=delay)
-        return self.publish(delivery, lambda: self._reporter.retry_later(job, delivery, error, delay_seconds=delay))
+        done = self.publish(delivery, lambda: self._reporter.retry_later(job, delivery, error, delay_seconds=delay))
+        if done:
+            self._measurements.job_retried("ladder", error.code)
+        return done
 
     def _fail(self, job: Job, delivery: Delivery, error: JobError) -> bool:
         self._cancellations.forget(job.job_id)  # it came too late: there is one end, and this is it
         log.error("job_failed", code=str(error.code), reason=error.message, path=error.path)
-        return self.publish(delivery, lambda: self._reporter.failed(job, delivery, error))
+        done = self.publish(delivery, lambda: self._reporter.failed(job, delivery, error))
+        if done:
+            self._measurements.job_ended("failed", error.code)
+        return done

@@ -310,6 +310,30 @@ def doctor(
 
 
 @app.command()
+def health(
+    config: ConfigOption = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="The endpoint; by default metrics.listen.", show_default=False)
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Ask only whether any rank hangs.")] = False,
+) -> None:
+    """Ask a running worker whether it can take a job. Ends with 1, and the reasons, when it cannot.
+
+    Examples:
+
+        reeld health --config /etc/reeld/reeld.toml
+
+        reeld health --live --url http://127.0.0.1:9464
+    """
+    from ops import health as command
+
+    reasons = command.health(command.base_url(url, config), live=live)
+    typer.echo("\n".join(reasons) if reasons else ("live" if live else "ready"))
+    if reasons:
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema(
     what: Annotated[SchemaName, typer.Argument(help="The job message, or the whole surface.")] = SchemaName.JOB,
     prefix: PrefixOption = "reeld",

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
 
-from parallel.bench_variants import Case, Variant, our_variants, random_dit, resident_variants
+from parallel.bench_variants import Case, Variant, diffsynth_loop, our_variants, random_dit, resident_variants, sharing
 from parallel.card import CardSampler, matmul_tflops, synchronise
 from parallel.forward import shape_of
 from parallel.model import load_dit
@@ -69,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks")
     parser.add_argument("--fsdp", action="store_true", help="also with the weights spread over the ranks")
     parser.add_argument("--no-guidance", action="store_true", help="cfg_scale 1: one forward a step")
+    parser.add_argument("--float32-reference", action="store_true", help="errors against plain DiffSynth in float32")
     parser.add_argument("--tables", type=Path, help="a folder for torch.profiler's tables of rank 0, by variant")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -93,6 +95,10 @@ class _Bench:
         options = self._options
         dit = self._dit(dtype)
         variants = resident_variants(dit, case, self._world, compiled=options.compile)
+        if options.float32_reference:
+            exact = sharing(dit).float()
+            self._reference = diffsynth_loop(exact, case, options.steps, model_fn_wan_video)
+            del exact
         chosen = self._chosen(case, dit)
         self._take_turns([variant for variant in variants if self._wanted(variant)], case, dit, chosen)
         if options.fsdp and self._world.world_size > 1:
@@ -155,7 +161,7 @@ class _Bench:
                 latents = variant.run(self._options.steps)
                 synchronise(self._world.device)
                 row["warm_up_seconds"] = round(time.perf_counter() - begun, 3)
-                if variant.name == "diffsynth":
+                if self._reference is None and variant.name == "diffsynth":
                     self._reference = latents
                 elif self._reference is not None:
                     reference = self._reference.double()

@@ -241,15 +241,16 @@ class Worker:
 
 
 def write_config(folder: Path, models: Path, *, nproc: int, extra: str = "", topology: str = "") -> Path:
-    """A configuration for the tiny models, on the CPU, with its directories under `folder`."""
+    """A configuration for the tiny models, on the CPU or TEST_DEVICE, with its directories under `folder`."""
+    device = os.environ.get("TEST_DEVICE", "cpu")
     path = folder / "reeld.toml"
     path.write_text(
         f"""
 pool = "test"
 worker_id = "tester"
 nproc_per_node = {nproc}
-device = "cpu"
-dtype = "float32"
+device = "{device}"
+dtype = "{"float32" if device == "cpu" else "bfloat16"}"
 heartbeat_seconds = 0.5
 work_directory = "{folder}/work"
 {extra}

@@ -1,15 +1,20 @@
 #!/bin/sh
-# The benchmarks on a bare machine with N GPUs that has Python 3.12, torch and CUDA, but no network: installs from
-# wheels carried in .whl (docs/performance.md says which), then runs the stages named. Each stage can run alone and
-# leaves its JSON and its log in OUT.
+# The benchmarks on a bare machine with N GPUs that has Python 3.12, torch, CUDA and pytest, but no network: installs
+# what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
+# JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b 14b 14b-720p
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video daemon
 set -u
 
 here=$PWD
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target /tmp/reeld-site .whl/*.whl || exit 1
-export PYTHONPATH=/tmp/reeld-site:$here PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+# Python's, because not every machine has xz.
+python3 -c 'import tarfile; tarfile.open(".whl/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
+site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+printf '%s\n' /opt/reeld-site "$here" >"$site/reeld-carried.pth"
+scripts=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
+printf '#!/bin/sh\nexec "%s/python3" -m ops.cli "$@"\n' "$scripts" >"$scripts/reeld"
+chmod +x "$scripts/reeld"
+export IMAGEIO_FFMPEG_EXE=/usr/bin/ffmpeg-carried PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 nproc=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader >"$OUT/gpus.txt"
 
@@ -28,6 +33,26 @@ bench() { # NAME SECONDS ARGUMENTS...
     python3 -m benchmarks.gpu.summary "$OUT/$name.json"
 }
 
+video() { # RANKS JOBS
+    model=/tmp/reeld-model
+    [ -e "$model/google" ] || stage model 120 python3 -m benchmarks.gpu.random_model wan2.1-t2v-1.3b "$model"
+    stage "video-$1" 280 python3 -m benchmarks.gpu.video --model "$model" --ranks "$1" --jobs "$2" \
+        --output "$OUT/video-$1.json"
+    grep '^{' "$OUT/video-$1.log" | cut -c1-1500
+    tail -3 "$OUT/video-$1.log" | cut -c1-600
+}
+
+daemon() { # the rows of the fault table that ranks meet, and what only cards can show
+    faults=tests/distributed/test_rank_faults.py
+    export TEST_DEVICE=cuda
+    stage daemon 400 python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider -s \
+        tests/gpu "$faults::test_row_14_rank_0_killed[2]" "$faults::test_row_15_peer_killed[2]" \
+        "$faults::test_row_17_out_of_memory_on_all[2]" "$faults::test_row_17_out_of_memory_on_one[2-1]" \
+        "$faults::test_row_18_hung_rank[2-1-hang]" \
+        tests/distributed/test_path.py::test_row_27_cancel_of_a_running_and_of_a_queued_job
+    tail -40 "$OUT/daemon.log" | cut -c1-400
+}
+
 for each in "$@"; do
     case $each in
         smoke) bench smoke 90 --profile tiny-t2v --shape 128x192x33 --compile --fsdp ;;
@@ -37,6 +62,11 @@ for each in "$@"; do
             'ours-compiled 1' 'ours-compiled cfg' 'ours-compiled fsdp cfg2' 'ours-compiled fsdp cfg1 ulysses2' ;;
         14b-720p) bench 14b-720p 240 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
             --only 'diffsynth' 'ours-compiled 1' 'ours-compiled cfg2' 'ours-compiled cfg1 ulysses2' ;;
+        precision) bench precision 100 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile \
+            --float32-reference ;;
+        video) video "$nproc" 3 ;;
+        video-1) video 1 2 ;;
+        daemon) daemon ;;
         *) echo "no stage $each"; exit 2 ;;
     esac
 done
