@@ -4,13 +4,15 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading check clean
+.PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading \
+	check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: ## RabbitMQ, what the tests boot a systemd with, a virtual environment; nothing to do when up to date
+install: ## RabbitMQ, what the tests need besides, a virtual environment; nothing to do when up to date
 	@ops/install.sh --tests
+	@ops/install_test_tools.sh
 
 demo: ## install, then two videos and a dead letter on a private broker (REELD_AMQP_URL: on that one)
 	@ops/install.sh $(if $(REELD_AMQP_URL),--no-broker)
@@ -51,5 +53,5 @@ check: install ## what a reviewer should not have to say: lint, format, types, w
 	$(BIN)/pytest -q tests/unit/test_imports.py
 
 clean: ## remove what was made here, the virtual environment included (installed Debian packages stay)
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,146 @@
+"""Logs on their way into a pipeline: what a real worker printed, through real loggers, no line unparsed or lost."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import job
+from tests.service.log_pipeline import LOGS, run_pipeline
+from tests.service.running import Service
+from tests.service.tools import ROOT
+
+# reeld's own logging saying what is hard to carry: 250 KB in a line, bytes that are no text, a line separator.
+_ODD = r"""
+from daemon.logs import finish_logs, setup_logs
+setup_logs(format_="json", level="info", rank=3, local_rank=3, world_size=4, capture=True)
+import os, structlog
+log = structlog.get_logger("launcher")
+with structlog.contextvars.bound_contextvars(job_id="odd-1", attempt=2):
+    frames = [f"/srv/reeld/module.py:{line} function_{line} é" for line in range(90)]
+    log.error("rank_stacks", of_rank=3, threads=[{"thread": str(n), "frames": frames} for n in range(60)])
+    os.write(1, b"raw bytes \xff\xfe from C\n")
+    try:
+        raise ValueError("quote \" and \\ and \u2028")
+    except ValueError:
+        log.exception("crashed")
+finish_logs()
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(service: Service) -> list[str]:
+    """Every line that a worker of two ranks printed so far, a job's and a failed job's among them, and the odd ones."""
+    service.wait_ready()
+    assert service.do(job()) == "job_succeeded"
+    assert service.do(job(parameters={"num_frames": -1})) == "job_malformed"
+    odd = subprocess.run([sys.executable, "-c", _ODD], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [*service.worker.lines(), *odd.stderr.splitlines()]
+    assert {json.loads(line)["rank"] for line in lines} == {None, 0, 1, 3}
+    assert max(map(len, lines)) > 200_000
+    return lines
+
+
+def _who(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in ("timestamp", "event", "rank", "pid", "job_id", "level"))
+
+
+def _file_of(record: dict[str, Any]) -> str:
+    return "launcher.jsonl" if record["rank"] is None else f"rank-{record['rank']}.jsonl"
+
+
+def test_journald_to_rsyslog(printed: list[str], tmp_path: Path) -> None:
+    """Every line arrives parsed, in the file of its rank, with its job; not one is unparsed."""
+    found = run_pipeline("rsyslog", tmp_path / "p", journal=printed, expected=len(printed))
+    assert "unparsed.log" not in found
+    sent = Counter((_file_of(record), _who(record)) for record in map(json.loads, printed))
+    assert Counter((name, _who(json.loads(line))) for name, lines in found.items() for line in lines) == sent
+
+
+def test_journald_to_syslog_ng(printed: list[str], tmp_path: Path) -> None:
+    """The same with syslog-ng: the fields it parsed, and the line with its types."""
+    found = run_pipeline("syslog-ng", tmp_path / "p", journal=printed, expected=len(printed))
+    _check_syslog_ng(found, printed)
+
+
+def test_files_to_syslog_ng(service: Service, printed: list[str], tmp_path: Path) -> None:
+    """The files of `log.directory` say what the worker printed, and arrive as well."""
+    assert printed
+    files = sorted((service.folder / "logs").glob("*.jsonl"))
+    assert [file.name for file in files] == ["launcher.jsonl", "rank-0.jsonl", "rank-1.jsonl"]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    found = run_pipeline("syslog-ng", tmp_path / "p", files=files, expected=len(lines))
+    _check_syslog_ng(found, lines)
+
+
+def _check_syslog_ng(found: dict[str, list[str]], sent: list[str]) -> None:
+    assert "unparsed.log" not in found
+    arrived = Counter[Any]()
+    for name, lines in found.items():
+        for line in lines:
+            record = json.loads(line)
+            whole = record["reeld"]
+            for key in ("rank", "job_id", "level", "event"):
+                assert record[key] == ("" if whole.get(key) is None else str(whole[key])), line[:300]
+            arrived[name, _who(whole)] += 1
+    assert arrived == Counter((_file_of(record), _who(record)) for record in map(json.loads, sent))
+
+
+def test_without_our_setting_journald_cuts_long_lines(printed: list[str], tmp_path: Path) -> None:
+    """Why journald-reeld.conf is there: without it the longest line comes in pieces, and they end as unparsed."""
+    longest = max(printed, key=len)
+    found = run_pipeline("rsyslog", tmp_path / "p", journal=[longest], expected=5, drop_in=False)
+    assert found["unparsed.log"]
+
+
+def test_logrotate_loses_no_line(tmp_path: Path) -> None:
+    """Real logrotate, four times while a process writes its file: every line is in one of the files, once and whole."""
+    directory = tmp_path / "ranks"
+    config = tmp_path / "logrotate.conf"
+    config.write_text((LOGS / "logrotate.conf").read_text().replace("/var/log/reeld/ranks", str(directory)))
+    config.chmod(0o644)
+    script = """
+import sys, threading, time
+from pathlib import Path
+from daemon.logs import setup_logs
+setup_logs(format_="json", level="info", rank=0, local_rank=0, world_size=1, capture=False, directory=Path(sys.argv[1]))
+import structlog
+log = structlog.get_logger("writer")
+stop = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+number = 0
+while not stop.is_set():
+    log.info("line", number=number)
+    number += 1
+    time.sleep(0.0005)
+print(number)
+"""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script, str(directory)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    current = directory / "rank-0.jsonl"
+    rotated = 0
+    while rotated < 4:
+        assert writer.poll() is None
+        if current.exists() and current.stat().st_size:
+            command = ["/usr/sbin/logrotate", "--force", "--state", str(tmp_path / "state"), str(config)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            # Twice within a second it refuses: the new name is taken.
+            assert done.returncode == 0 or "already exists" in done.stderr, done.stderr
+            rotated = len(list(directory.glob("rank-0.jsonl-*")))
+    written, _ = writer.communicate(timeout=30)
+    numbers = []
+    for path in directory.iterdir():
+        text = subprocess.run(["zcat", "--force", str(path)], check=True, capture_output=True, text=True).stdout
+        numbers += [json.loads(line)["number"] for line in text.splitlines()]
+    assert sorted(numbers) == list(range(int(written)))
+    assert len(list(directory.glob("*.gz"))) >= 2
