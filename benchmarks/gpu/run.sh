@@ -14,7 +14,7 @@ printf '%s\n' /opt/reeld-site "$here" >"$site/reeld-carried.pth"
 scripts=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
 printf '#!/bin/sh\nexec "%s/python3" -m ops.cli "$@"\n' "$scripts" >"$scripts/reeld"
 chmod +x "$scripts/reeld"
-export IMAGEIO_FFMPEG_EXE=/usr/bin/ffmpeg-carried PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+export PATH="$PATH:/usr/lib/erlang/bin" IMAGEIO_FFMPEG_EXE=/usr/bin/ffmpeg-carried PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 nproc=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader >"$OUT/gpus.txt"
 
