@@ -1,8 +1,8 @@
-"""The other side of the exchanges: publishing jobs, following events, looking into queues.
+"""The other side of the exchanges: publishing jobs, following events, telling workers.
 
 Owns what the `reeld` command does on the broker, with pika's errors translated. Each object owns one
-connection and is used by one thread. Leaves out the daemon's own consuming and publishing, and how anything
-is shown.
+connection and is used by one thread. Leaves out the daemon's own consuming and publishing, dead
+letters (`daemon.dead_letters`), and how anything is shown.
 """
 
 import json
@@ -50,15 +50,6 @@ class ReceivedEvent:
     @property
     def is_job(self) -> bool:
         return self.routing_key.startswith("job.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
-    """A message out of a dead-letter queue."""
-
-    body: bytes
-    headers: dict[str, Any]
-    message_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +104,7 @@ class EventStream:
             self._channel.basic_consume(queue, self._on_message, auto_ack=True)
         except LOST as error:
             close(self._connection)
-            raise _translated(error, self._address, f"exchange {exchange}") from error
+            raise translated(error, self._address, f"exchange {exchange}") from error
 
     def next(self, timeout_seconds: float) -> ReceivedEvent | None:
         """The next event, or None when none comes in time."""
@@ -125,7 +116,7 @@ class EventStream:
             try:
                 self._connection.process_data_events(time_limit=left)
             except LOST as error:
-                raise _translated(error, self._address, "the event queue") from error
+                raise translated(error, self._address, "the event queue") from error
             # Neither a closed channel nor a deleted queue shows in process_data_events.
             if not self._received and (self._cancelled or not self._channel.is_open):
                 raise BrokerUnavailableError(f"{self._address}: the broker closed the event queue")
@@ -192,9 +183,9 @@ def publish_job(
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code == NOT_FOUND:
                 raise UnroutablePublishError(no_pool) from error
-            raise _translated(error, address, f"exchange {exchange}") from error
+            raise translated(error, address, f"exchange {exchange}") from error
         except LOST as error:
-            raise _translated(error, address, f"exchange {exchange}") from error
+            raise translated(error, address, f"exchange {exchange}") from error
         finally:
             close(connection)
 
@@ -203,16 +194,6 @@ def publish_job(
         publish,
         f"{address}: the broker did not confirm the job in time (memory or disk alarm?); it may still be queued",
     )
-
-
-def take_dead_letter(broker: BrokerConfig, queue: str) -> DeadLetter | None:
-    """Takes (and acks) the first message of a dead-letter queue; None when it is empty."""
-    with _channel_of(broker, "reeld dead letters", f"queue {queue}") as channel:
-        method, properties, body = channel.basic_get(queue)
-        if method is None:
-            return None
-        channel.basic_ack(method.delivery_tag)
-        return DeadLetter(body=body or b"", headers=dict(properties.headers or {}), message_id=properties.message_id)
 
 
 def broker_facts(broker: BrokerConfig) -> BrokerFacts:
@@ -263,7 +244,7 @@ def _with_connection(broker: BrokerConfig, name: str, work: Callable[[BlockingCo
     try:
         return work(connection)
     except LOST as error:
-        raise _translated(error, redacted(broker.resolved_url()), "the topology") from error
+        raise translated(error, redacted(broker.resolved_url()), "the topology") from error
     finally:
         close(connection)
 
@@ -274,12 +255,13 @@ def _channel_of(broker: BrokerConfig, name: str, what: str) -> Iterator[Any]:
     try:
         yield connection.channel()
     except LOST as error:
-        raise _translated(error, redacted(broker.resolved_url()), what) from error
+        raise translated(error, redacted(broker.resolved_url()), what) from error
     finally:
         close(connection)
 
 
-def _translated(error: Exception, address: str, what: str) -> FatalError | BrokerUnavailableError:
+def translated(error: Exception, address: str, what: str) -> FatalError | BrokerUnavailableError:
+    """What one of LOST means, met while using `what`."""
     if isinstance(error, pika.exceptions.ChannelClosedByBroker):
         if error.reply_code == NOT_FOUND:
             return ConfigError(f"{address}: {what} does not exist: run `reeld topology apply`")

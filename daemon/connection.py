@@ -84,15 +84,18 @@ class Connection(BlockingConnection):  # type: ignore[misc]  # pika ships no typ
         self._impl.add_on_connection_unblocked_callback(lambda _connection, _frame: self._set_blocked(None))
 
     @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Ends a wait within by OverdueError after `seconds`; the time in which the broker blocks does not count."""
+    def deadline(self, seconds: float, *, waits_for_alarms: bool = True) -> Iterator[None]:
+        """Ends a wait within by OverdueError after `seconds`.
+
+        The time in which the broker blocks publishers does not count, if one `waits_for_alarms`.
+        """
         left = seconds
         timer: object = None
 
         def tick() -> None:
             nonlocal left, timer
             timer = None
-            left -= 0.0 if self.blocked else _TICK_SECONDS
+            left -= 0.0 if self.blocked and waits_for_alarms else _TICK_SECONDS
             if left > 0:
                 timer = self._impl._adapter_call_later(min(_TICK_SECONDS, left), tick)
             else:

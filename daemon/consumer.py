@@ -20,6 +20,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, connect_with_backoff
+from daemon.copies import short_text
 from daemon.errors import ConfigError, FatalError
 from daemon.measurements import SILENT, Measurements
 from daemon.topology import Topology
@@ -30,7 +31,6 @@ EXPIRES_HEADER = "x-reeld-expires-at"
 _TICK_SECONDS = 1.0
 # On a copy that the retry ladder brings back: how often the broker had taken its original back.
 LOST_HEADER = "x-reeld-lost"
-_LATIN_CHARACTERS = 127  # of two bytes each in UTF-8; a short string holds 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,11 +300,11 @@ class Consumer:
                 delivery_tag=method.delivery_tag,
                 generation=self._generation,
                 redelivered=method.redelivered,
-                message_id=_text(properties.message_id),
-                correlation_id=_text(properties.correlation_id),
-                reply_to=_text(properties.reply_to),
-                expiration=_text(properties.expiration),
-                content_type=_text(properties.content_type),
+                message_id=short_text(properties.message_id),
+                correlation_id=short_text(properties.correlation_id),
+                reply_to=short_text(properties.reply_to),
+                expiration=short_text(properties.expiration),
+                content_type=short_text(properties.content_type),
                 priority=properties.priority,
                 headers=headers,
                 expires_at=_expires_at(properties, headers),
@@ -325,11 +325,6 @@ class Consumer:
     def _on_retry(self, reason: str, delay_seconds: float) -> None:
         self.status = f"waiting for the broker: {reason}"
         log.warning("broker_unavailable", reason=reason, retry_in_seconds=round(delay_seconds, 2))
-
-
-def _text(value: str | bytes | None) -> str | None:
-    """A short string. pika gives bytes for what is no UTF-8: shown as Latin-1, and short enough to be sent again."""
-    return value.decode("latin-1")[:_LATIN_CHARACTERS] if isinstance(value, bytes) else value
 
 
 def _expires_at(properties: Any, headers: dict[str, Any]) -> float | None:

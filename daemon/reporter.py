@@ -12,8 +12,9 @@ from typing import Any
 import structlog
 
 from daemon.consumer import EXPIRES_HEADER, LOST_HEADER, Delivery
+from daemon.copies import own_headers
 from daemon.errors import ErrorCode, JobError
-from daemon.events import CONTENT_TYPE, Event, job_event, worker_event
+from daemon.events import CONTENT_TYPE, Event, job_event, now, worker_event
 from daemon.job import Job
 from daemon.publisher import Message, Publisher
 from daemon.topology import Topology
@@ -21,8 +22,8 @@ from daemon.topology import Topology
 log = structlog.get_logger("job")
 
 ATTEMPT_HEADER = "x-reeld-attempt"
+TIME_HEADER = "x-reeld-time"  # on a dead letter: when it became one, RFC 3339
 _PROGRESS_INTERVAL_SECONDS = 1.0
-_HEADER_BYTES = 32_768
 
 
 class Reporter:
@@ -58,10 +59,10 @@ class Reporter:
 
     def progress(self, job: Job, data: dict[str, Any]) -> None:
         """Offers a progress event: at most about one a second, and whenever a phase begins."""
-        now = time.monotonic()
+        at = time.monotonic()
         phase = (job.job_id, job.attempt, str(data["phase"]))
-        if phase != self._progress_phase or now - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
-            self._progress_at, self._progress_phase = now, phase
+        if phase != self._progress_phase or at - self._progress_at >= _PROGRESS_INTERVAL_SECONDS:
+            self._progress_at, self._progress_phase = at, phase
             self.job("progress", job, data)
 
     def cancel_noted(self, job_id: str, data: dict[str, Any]) -> None:
@@ -154,6 +155,7 @@ class Reporter:
             "x-reeld-path": error.path or "",
             "x-reeld-retryable": error.retryable,
             "x-reeld-worker": self._worker_id,
+            TIME_HEADER: now(),
         }
         if job_id is not None:
             headers["x-reeld-job-id"] = job_id
@@ -177,7 +179,7 @@ class Reporter:
                 correlation_id=delivery.correlation_id,
                 reply_to=delivery.reply_to,
                 priority=delivery.priority,
-                headers={**_own_headers(delivery), **headers},
+                headers={**own_headers(delivery.headers), **headers},
             ),
             give_up=self.give_up,
         )
@@ -202,19 +204,3 @@ def _failure(error: JobError) -> dict[str, Any]:
         "path": error.path,
         "retryable": error.retryable or error.code in (ErrorCode.WORKER_LOST,),
     }
-
-
-def _own_headers(delivery: Delivery) -> dict[str, Any]:
-    """The publisher's headers for a copy of its message."""
-    # A copy that carries x-death may be dropped by the broker's cycle detection; x-delivery-count is the broker's; with
-    # CC or BCC the broker would send the copy to other queues as well (sender-selected distribution).
-    kept = {
-        key: value
-        for key, value in delivery.headers.items()
-        if key not in ("x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC")
-        and not key.startswith(("x-first-death", "x-last-death", "x-reeld-"))
-    }
-    if len(repr(kept).encode("utf-8", "replace")) > _HEADER_BYTES:
-        # Properties must fit into one frame together with ours: a copy that cannot be published is requeued for ever.
-        return {"x-reeld-headers-dropped": True}
-    return kept

@@ -15,6 +15,11 @@ from daemon.config import Config
 from daemon.errors import ConfigError
 from daemon.events import TERMINAL
 
+# Of the dead letters' queue. To look at a message is a delivery, and past the limit, which is 20 by default from 4.0
+# on, the broker would drop it. -1, which means none there, loses it on 3.10 at the first return; with none said, 3.10
+# puts what is returned at the queue's end.
+_NO_LIMIT = 1_000_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -132,7 +137,7 @@ class Topology:
         return [
             Queue(self.jobs_queue, jobs),
             *retries,
-            Queue(self.dead_queue, {"x-queue-type": "quorum"}),
+            Queue(self.dead_queue, {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}),
             Queue(self.unrouted, {"x-max-length": self.unrouted_max_length, "x-overflow": "drop-head"}),
         ]
 

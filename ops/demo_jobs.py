@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from daemon.client import DeadLetter, ReceivedEvent, take_dead_letter
+from daemon.client import ReceivedEvent
 from daemon.config import BrokerConfig
+from daemon.dead_letters import DeadLetter, take_dead_letter
 from daemon.errors import ErrorCode
 from daemon.job import SCHEMA
 from daemon.topology import Topology
@@ -99,7 +100,7 @@ def show_dead_letter(
     """Takes the job out of the dead-letter queue, checks its reason, and prints it."""
     if end.name != "failed" or end.data.get("code") != ErrorCode.MALFORMED_JOB:
         raise CommandFailedError(f"{job.label}: {end.name} instead of failed with {ErrorCode.MALFORMED_JOB}")
-    letter = _await_dead_letter(broker, topology.dead_queue)
+    letter = _await_dead_letter(broker, topology)
     reason = {name: str(letter.headers.get(f"x-reeld-{name}")) for name in ("code", "path", "message")}
     if letter.body != job.body or letter.message_id != job.job_id:
         raise CommandFailedError(f"{topology.dead_queue}: holds another message than the job that was published")
@@ -127,11 +128,11 @@ def _draw_first_frame(path: Path) -> Path:
     return path
 
 
-def _await_dead_letter(broker: BrokerConfig, queue: str) -> DeadLetter:
+def _await_dead_letter(broker: BrokerConfig, topology: Topology) -> DeadLetter:
     deadline = time.monotonic() + _DEAD_LETTER_SECONDS
     while time.monotonic() < deadline:
-        letter = take_dead_letter(broker, queue)
+        letter = take_dead_letter(broker, topology.pool)
         if letter is not None:
             return letter
         time.sleep(0.1)  # a quorum queue shows a message a moment after it was confirmed
-    raise CommandFailedError(f"{queue}: no dead letter came in {_DEAD_LETTER_SECONDS} s")
+    raise CommandFailedError(f"{topology.dead_queue}: no dead letter came in {_DEAD_LETTER_SECONDS} s")

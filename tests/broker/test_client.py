@@ -16,6 +16,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon import client
 from daemon.config import BrokerConfig
+from daemon.dead_letters import take_dead_letter
 from daemon.errors import (
     BrokerUnavailableError,
     ConfigError,
@@ -176,14 +177,14 @@ def test_a_dead_letter_is_taken_once(settings: BrokerConfig) -> None:
         deadline = time.monotonic() + 10
         letter = None
         while letter is None and time.monotonic() < deadline:
-            letter = client.take_dead_letter(settings, TOPOLOGY.dead_queue)
+            letter = take_dead_letter(settings, POOL)
     assert letter is not None
     assert (letter.body, letter.message_id, letter.headers["x-reeld-code"]) == (
         b"body",
         "job-1",
         "malformed_job",
     )
-    assert client.take_dead_letter(settings, TOPOLOGY.dead_queue) is None
+    assert take_dead_letter(settings, POOL) is None
 
 
 def test_the_broker_says_what_it_is(settings: BrokerConfig) -> None:

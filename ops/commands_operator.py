@@ -1,0 +1,197 @@
+"""The operator's commands: dead letters, draining, watching the whole, stacks, the bundle for support.
+
+Owns their options. Each command's work is in a module of its own, imported only when the command runs. Leaves out the
+other commands (`ops.cli`).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops.options import DEFAULT_URL, CaFileOption, PoolOption, PrefixOption, UrlFileOption, UrlOption, broker_of
+
+if TYPE_CHECKING:
+    from daemon.config import BrokerConfig
+    from ops.dlq import Filters
+
+dlq_app = typer.Typer(help="List, show, requeue or drop the jobs that could not be done.", no_args_is_help=True)
+
+ConfigInstead = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="reeld's TOML file: broker and pool as it says.", show_default=False),
+]
+CodesOption = Annotated[list[str] | None, typer.Option("--code", help="Only with this error code; repeatable.")]
+JobIdsOption = Annotated[list[str] | None, typer.Option("--job-id", help="Only this job; repeatable.")]
+OlderOption = Annotated[str | None, typer.Option("--older-than", metavar="AGE", help="Only older: 90s, 15m, 2h, 7d.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many, the oldest first.")]
+AllOption = Annotated[bool, typer.Option("--all", help="All of them; needed when no filter is given.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+@dlq_app.command("list")
+def dlq_list(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    pool: PoolOption = None,
+    config: ConfigInstead = None,
+    code: CodesOption = None,
+    job_id: JobIdsOption = None,
+    older_than: OlderOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List a pool's dead letters, oldest first. They stay where they are.
+
+    Examples:
+
+        reeld dlq list --pool wan2.1-t2v-1.3b
+
+        reeld dlq list --config /etc/reeld/reeld.toml --code out_of_memory --older-than 2h --json
+    """
+    from ops import dlq
+
+    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    dlq.list_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
+
+
+@dlq_app.command("show")
+def dlq_show(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    pool: PoolOption = None,
+    config: ConfigInstead = None,
+    code: CodesOption = None,
+    job_id: JobIdsOption = None,
+    older_than: OlderOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show dead letters in full: the reason, the headers and the job. They stay where they are.
+
+    Examples:
+
+        reeld dlq show --pool wan2.1-t2v-1.3b --job-id fox-1
+
+        reeld dlq show --pool wan2.1-t2v-1.3b --limit 1 --json | jq '.[0].body'
+    """
+    from ops import dlq
+
+    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    dlq.show_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
+
+
+@dlq_app.command("requeue")
+def dlq_requeue(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    pool: PoolOption = None,
+    config: ConfigInstead = None,
+    code: CodesOption = None,
+    job_id: JobIdsOption = None,
+    older_than: OlderOption = None,
+    limit: LimitOption = None,
+    every: AllOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Send jobs back to their pool, as on their first attempt; the reason they were here for goes along in a header.
+
+    Each is published and confirmed before its dead letter is acked. Ends with 1 when none matches.
+
+    Examples:
+
+        reeld dlq requeue --pool wan2.1-t2v-1.3b --job-id fox-1
+
+        reeld dlq requeue --pool wan2.1-t2v-1.3b --code storage_unavailable --yes
+    """
+    from ops import dlq
+
+    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    dlq.requeue(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
+
+
+@dlq_app.command("drop")
+def dlq_drop(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    pool: PoolOption = None,
+    config: ConfigInstead = None,
+    code: CodesOption = None,
+    job_id: JobIdsOption = None,
+    older_than: OlderOption = None,
+    limit: LimitOption = None,
+    every: AllOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Drop dead letters for good. Ends with 1 when none matches.
+
+    Examples:
+
+        reeld dlq drop --pool wan2.1-t2v-1.3b --code malformed_job --older-than 7d
+
+        reeld dlq drop --pool wan2.1-t2v-1.3b --all --yes
+    """
+    from ops import dlq
+
+    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to `reeld`."""
+    app.add_typer(dlq_app, name="dlq")
+
+
+def _broker_of(
+    url: str, url_file: Path | None, ca_file: Path | None, prefix: str, config: Path | None
+) -> "BrokerConfig":
+    if config is None:
+        return broker_of(url, url_file, ca_file, prefix)
+    from daemon.config import load_config
+
+    return load_config(config).broker
+
+
+def _pool_of(
+    url: str, url_file: Path | None, ca_file: Path | None, prefix: str, pool: str | None, config: Path | None
+) -> "tuple[BrokerConfig, str]":
+    """The broker and the pool, by options or by a configuration. Raises UsageError."""
+    from ops.failure import UsageError
+
+    if pool is None and config is not None:
+        from daemon.config import load_config
+
+        pool = load_config(config).pool_name
+    if pool is None:
+        raise UsageError("give the worker's pool with --pool, REELD_POOL or --config")
+    return _broker_of(url, url_file, ca_file, prefix, config), pool
+
+
+def _filters(
+    codes: list[str] | None, job_ids: list[str] | None, older_than: str | None, limit: int | None
+) -> "Filters":
+    from ops.dlq import Filters, seconds_of
+
+    return Filters(
+        codes=tuple(codes or ()),
+        job_ids=tuple(job_ids or ()),
+        older_than_seconds=seconds_of(older_than),
+        limit=limit,
+    )
+
+
+def _meant(filters: "Filters", *, every: bool) -> "Filters":
+    from ops.failure import UsageError
+
+    if not every and not filters.given:
+        raise UsageError("say which: --code, --job-id, --older-than or --limit; or --all")
+    return filters
