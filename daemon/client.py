@@ -122,6 +122,18 @@ class EventStream:
                 raise BrokerUnavailableError(f"{self._address}: the broker closed the event queue")
         return self._received.popleft()
 
+    def count(self, queue: str) -> int | None:
+        """How many messages wait in a queue, asked over the same connection. None when there is no such queue."""
+        try:
+            channel = self._connection.channel()
+            ready: int = channel.queue_declare(queue, passive=True).method.message_count
+            channel.close()
+        except pika.exceptions.ChannelClosedByBroker:
+            return None
+        except LOST as error:
+            raise translated(error, self._address, f"queue {queue}") from error
+        return ready
+
     def close(self) -> None:
         close(self._connection)
 
@@ -194,6 +206,22 @@ def publish_job(
         publish,
         f"{address}: the broker did not confirm the job in time (memory or disk alarm?); it may still be queued",
     )
+
+
+def tell_workers(broker: BrokerConfig, routing_key: str) -> None:
+    """Publishes a control message (`cancel.<job_id>`, `drain.<worker_id>`), mandatory and confirmed.
+
+    Raises UnroutablePublishError when no worker listens for it.
+    """
+    exchange = f"{broker.prefix}.control"
+    address = redacted(broker.resolved_url())
+    with _channel_of(broker, "reeld control", f"exchange {exchange}") as channel:
+        channel.confirm_delivery()
+        try:
+            with channel.connection.deadline(broker.confirm_timeout_seconds, waits_for_alarms=False):
+                channel.basic_publish(exchange, routing_key, b"", mandatory=True)
+        except pika.exceptions.UnroutableError as error:
+            raise UnroutablePublishError(f"{address}: nobody listens for {routing_key} on {exchange}") from error
 
 
 def broker_facts(broker: BrokerConfig) -> BrokerFacts:

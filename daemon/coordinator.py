@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
@@ -49,6 +49,7 @@ from parallel.plan import Generate, GenerationPlan, Outcome
 
 log = structlog.get_logger("job")
 
+DRAINED_BY_MESSAGE = "control"
 # Lost so often without a pause, a job goes to the retry ladder.
 _LOST_RUNNING = 2
 
@@ -88,25 +89,30 @@ class Coordinator:
         self._profiles = {name: model.files.profile for name, model in context.models.items()}
         self._scratch = Scratch(config.work_directory)
         self._job_id: str | None = None
+        self.on_drain: Callable[[], None] = lambda: None  # asked to drain by a message; called by the consumer thread
         self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     @property
     def drain_reason(self) -> str | None:
-        """Who asked to drain: a signal's name, or `control`."""
+        """Who asked to drain: a signal's name, or `control`; None while nobody did."""
         return self._asked.drain_reason
 
     def drain(self, reason: str) -> None:
         """Finish the job in hand and stop. Asked a second time: hand the job back at once. Safe in a signal handler."""
         self._asked.drain(reason)
         self._consumer.deliveries.put(None)
+        self._answer_drain()
 
     def control(self, routing_key: str) -> None:
         """A message on the control exchange. Called by the consumer thread."""
         verb, _, rest = routing_key.partition(".")
         if verb == "cancel":
             self._cancel(rest)
+        elif verb == "drain" and self._asked.drain_reason is None:
+            self.on_drain()
+            self.drain(DRAINED_BY_MESSAGE)
         elif verb == "drain":
-            self.drain("control")
+            self._answer_drain()  # whoever asks again may not have heard; the job is not handed back for that
 
     def _cancel(self, job_id: str) -> None:
         if not re.fullmatch(JOB_ID_PATTERN, job_id):
@@ -127,6 +133,9 @@ class Coordinator:
         self._reporter.cancel_noted(
             job_id, {"state": state, "remembered_seconds": self._config.limits.cancel_memory_seconds}
         )
+
+    def _answer_drain(self) -> None:
+        self._reporter.worker("draining", {"reason": self._asked.drain_reason, "job_id": self._job_id})
 
     def serve(self) -> str:
         """Serves until drained. Returns the reason. Raises FatalError when the consumer cannot go on."""

@@ -1,13 +1,12 @@
 """The launcher's watch: a group in which one rank makes no progress is ended, with the stacks of all logged.
 
-Owns noticing (a stalled phase, a process that says nothing, survivors of a rank that died), asking every rank for its
-stacks, and the end by SIGKILL, which a stopped process obeys as well. Leaves out the limits (`daemon.stall`) and
+Owns noticing (a stalled phase, a process that says nothing, survivors of a rank that died) and the end by SIGKILL,
+which a stopped process obeys as well. Leaves out the limits (`daemon.stall`), asking for stacks (`daemon.stacks`) and
 starting again (`daemon.launcher`).
 """
 
 import contextlib
 import json
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +19,12 @@ import structlog
 
 from daemon.health import PULSE_BYTES, RecordAges, pulse_path
 from daemon.logs import STACKS_FILE
-from daemon.stall import Stall, find_stall, parse_stacks
+from daemon.stacks import ask_stacks
+from daemon.stall import Stall, find_stall
 
 log = structlog.get_logger("launcher")
 
 _TICK_SECONDS = 0.5
-# How long the ranks have to write their stacks, before they are ended.
-_STACKS_SECONDS = 3.0
 
 
 def rank_processes() -> dict[int, psutil.Process]:
@@ -176,26 +174,11 @@ class GroupWatch:
         shown = {key: value for key, value in asdict(stall).items() if key != "rank"}
         log.error("stalled", stalled_rank=stall.rank, **shown)
         processes = rank_processes()
-        files = {rank: self._runtime / STACKS_FILE.format(rank=rank) for rank in processes}
-        for rank, process in processes.items():
-            # Before the file is there the signal would end the process. A stopped one must run to answer.
-            if files[rank].exists():
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGUSR2)
-                    process.send_signal(signal.SIGCONT)
-        deadline = time.monotonic() + _STACKS_SECONDS
-        sizes: dict[int, int] = {}
-        while time.monotonic() < deadline:
-            before, sizes = sizes, {rank: file.stat().st_size for rank, file in files.items() if file.exists()}
-            if sizes == before and all(sizes.values()):
-                break
-            time.sleep(0.2)  # a file that is being written offers no event to wait for
-        for rank, file in sorted(files.items()):
-            trace = file.read_text(errors="backslashreplace") if file.exists() else ""
+        asked = {rank: (each, self._runtime / STACKS_FILE.format(rank=rank)) for rank, each in processes.items()}
+        # A stopped one must run to answer.
+        for rank, threads in sorted(ask_stacks(asked, wake=True).items()):
             record = {key: value for key, value in self._records.get(rank, {}).items() if key != "rank"}
-            log.error(
-                "rank_stacks", of_rank=rank, of_pid=processes[rank].pid, threads=parse_stacks(trace), record=record
-            )
+            log.error("rank_stacks", of_rank=rank, of_pid=processes[rank].pid, threads=threads, record=record)
         log.error("group_killed", ranks=sorted(kill_ranks()))
 
 

@@ -20,6 +20,7 @@ from daemon.config import Config
 from daemon.errors import ConfigError, ExitStatus, FatalError
 from daemon.group_watch import GroupWatch, kill_ranks, rank_processes
 from daemon.logs import (
+    DRAIN_MARK,
     LOCK_VARIABLE,
     READY_MARK,
     RUNTIME_VARIABLE,
@@ -172,6 +173,12 @@ class _Launcher:
             if status in (ExitStatus.OK, ExitStatus.CONFIG, ExitStatus.NOPERM):
                 log.info("stopped", exit_status=status)
                 return status
+            if (self._runtime / DRAIN_MARK).exists():
+                # 0, or systemd would start again what somebody wanted out of service.
+                log.error(
+                    "stopped", exit_status=0, rank_status=status, reason="a rank failed while draining by message"
+                )
+                return int(ExitStatus.OK)
             if self._draining:
                 log.error("stopped", exit_status=status, reason="a rank failed while draining")
                 return int(ExitStatus.FAILED)

@@ -32,8 +32,11 @@ _FORMATTED = b"\x1e"
 RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
 # Rank 0 makes this file in the runtime directory once it takes SIGUSR1 for a wish to drain.
 READY_MARK = "ready"
+# And this one when a message asked it to drain: if its group fails now, it is not started again.
+DRAIN_MARK = "draining"
 # Where a rank writes the stacks of its threads on SIGUSR2.
 STACKS_FILE = "stacks-{rank}.txt"
+LAUNCHER_STACKS_FILE = "launcher-stacks.txt"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -224,6 +227,8 @@ def setup_logs(
         # For the launcher, which asks all ranks when one makes no progress. The handler is C and needs no GIL, so it
         # also answers for a rank whose main thread hangs inside a library.
         faulthandler.register(signal.SIGUSR2, (Path(runtime) / STACKS_FILE.format(rank=rank)).open("w"))
+    if runtime and rank is None:
+        faulthandler.register(signal.SIGUSR2, (Path(runtime) / LAUNCHER_STACKS_FILE).open("w"))
     if capture:
         os.environ.setdefault("TQDM_DISABLE", "1")
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.

@@ -24,7 +24,7 @@ from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
-from daemon.logs import READY_MARK, RUNTIME_VARIABLE, finish_logs
+from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, finish_logs
 from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
@@ -192,6 +192,8 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
                 "job_id": own.get("job_id"),
                 "consumer": consumer.status,
                 "publisher": publisher.status,
+                "draining": coordinator.drain_reason if coordinator is not None else None,
+                "heartbeat_seconds": config.heartbeat_seconds,
                 "uptime_seconds": round(time.time() - begun, 1),
                 "ranks": ranks,
             },
@@ -217,13 +219,14 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     with contextlib.suppress(TransientJobError):  # then the first job says so
         storage.open()
     coordinator = Coordinator(config, context, consumer, reporter, storage, measurements)
+    if runtime:
+        coordinator.on_drain = (Path(runtime) / DRAIN_MARK).touch
     _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
     reporter.worker("started", about)
     consumer.start()
     try:
         reason = coordinator.serve()
-        reporter.worker("draining", {"reason": reason})
         consumer.stop()
         state.set("leaving", phase="leave")
         world.broadcast_command(Shutdown(reason))

@@ -41,7 +41,6 @@ app = typer.Typer(
 )
 topology_app = typer.Typer(help="Plan, apply or check what the broker needs.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")
-commands_operator.add_to(app)
 
 
 class SchemaName(StrEnum):
@@ -378,6 +377,9 @@ def demo(
     from ops import demo as command
 
     command.demo(directory, keep=keep)
+
+
+commands_operator.add_to(app)
 
 
 def main() -> NoReturn:

@@ -146,8 +146,106 @@ def dlq_drop(
     dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
+def top(
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    config: ConfigInstead = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame, when all had the time to be heard.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --once: also as a picture.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="With --once: how long to wait for the first worker.")
+    ] = None,
+) -> None:
+    """Show all workers, their ranks, the jobs and the queues on a live screen. q or Ctrl-C leaves it.
+
+    Without a terminal it prints lines. Ends with 1 when --once hears nobody.
+
+    Examples:
+
+        reeld top
+
+        reeld top --once --json | jq '.workers[] | select(.silent) | .worker_id'
+    """
+    from ops import top as command
+    from ops.failure import UsageError
+
+    if not once and (as_json or svg or timeout):
+        raise UsageError("--json, --svg and --timeout go with --once")
+    broker = _broker_of(url, url_file, ca_file, prefix, config)
+    if once:
+        command.once(broker, as_json=as_json, svg=svg, timeout_seconds=timeout)
+    else:
+        command.live(broker)
+
+
+def drain(
+    worker: Annotated[list[str] | None, typer.Argument(metavar="WORKER...", help="worker_id, as `top` shows.")] = None,
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    prefix: PrefixOption = "reeld",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="reeld's TOML file: its broker, and its worker.", show_default=False),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every worker that is heard.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Until they have stopped.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits.")] = None,
+) -> None:
+    """Ask workers to finish the job in hand and stop, over the broker. They end with 0, and stay stopped.
+
+    Prints who answered. Ends with 1 when one does not listen or does not answer.
+
+    Examples:
+
+        reeld drain box-7 --wait
+
+        reeld drain --all --wait --timeout 1800
+    """
+    from ops import drain as command
+    from ops.failure import UsageError
+
+    names = list(worker or ())
+    if config is not None and not names and not every:
+        from daemon.config import load_config
+
+        names = [load_config(config).worker_id]
+    if bool(names) == every:
+        raise UsageError("name the workers (`reeld top --once` lists them), or give --all")
+    broker = _broker_of(url, url_file, ca_file, prefix, config)
+    command.drain(broker, list(dict.fromkeys(names)), every=every, wait=wait, timeout_seconds=timeout)
+
+
+def stacks(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="DAEMON", help="A pid, a unit or instance, or a configuration's name; else all."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the Python stacks of all ranks, and of the launcher, of a daemon on this box. It goes on meanwhile.
+
+    Also answers for a rank that hangs inside a library. Needs the daemon's user, or root.
+
+    Examples:
+
+        sudo reeld stacks
+
+        sudo reeld stacks wan-14b --json
+    """
+    from ops import stacks as command
+
+    command.stacks(name, as_json=as_json)
+
+
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to `reeld`."""
+    app.command()(top)
+    app.command()(drain)
+    app.command()(stacks)
     app.add_typer(dlq_app, name="dlq")
 
 

@@ -142,11 +142,21 @@ class Heartbeat(_Data):
     world_size: int
     consumer: str = Field(description="'consuming', or why it does not consume")
     publisher: str = Field(description="'connected', or why nothing can be published")
+    draining: str | None = Field(None, description="who asked for the drain: a signal's name, or 'control'")
+    heartbeat_seconds: float = Field(description="how often this event comes; one that stays away for long is silent")
     ranks: list[RankHealth]
 
 
+class Draining(_Data):
+    """The worker was asked to drain: it finishes its job and stops. Also its answer to each drain message."""
+
+    worker_id: str
+    reason: str = Field(description="who asked: a signal's name, or 'control'")
+    job_id: str | None = Field(None, description="the job it finishes first")
+
+
 class WorkerLife(_Data):
-    """The worker started, begins to drain, or stops."""
+    """The worker started, or stops."""
 
 
 JOB_EVENTS: dict[str, type[_Data]] = {
@@ -162,6 +172,6 @@ JOB_EVENTS: dict[str, type[_Data]] = {
 WORKER_EVENTS: dict[str, type[_Data]] = {
     "heartbeat": Heartbeat,
     "started": WorkerLife,
-    "draining": WorkerLife,
+    "draining": Draining,
     "stopped": WorkerLife,
 }

@@ -1,0 +1,146 @@
+"""All daemons as the status exchange tells of them: workers, their ranks, and the jobs that are going on.
+
+Owns what is remembered of events, and who counts as silent. Knows nothing but what came since it began to listen.
+Leaves out where events come from (`daemon.client`) and how this looks (`ops.top`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from daemon.client import EventStream, ReceivedEvent
+from daemon.events import TERMINAL
+
+# So many heartbeats may be missed.
+_SILENT_HEARTBEATS = 3.0
+_DEFAULT_HEARTBEAT_SECONDS = 5.0
+_ENDED_KEPT = 50
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker by its last heartbeat. `heard_at` is this process's monotonic clock, in seconds."""
+
+    worker_id: str
+    heard_at: float
+    heartbeat: dict[str, Any] = field(default_factory=dict)
+    life: str = ""
+    clock_ahead_seconds: float = 0.0
+
+    @property
+    def interval_seconds(self) -> float:
+        seconds = self.heartbeat.get("heartbeat_seconds")
+        return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else _DEFAULT_HEARTBEAT_SECONDS
+
+    def age_seconds(self, now: float) -> float:
+        return now - self.heard_at
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it should have been heard, and was not. A worker that said it stopped is not silent."""
+        return self.life != "stopped" and self.age_seconds(now) > _SILENT_HEARTBEATS * self.interval_seconds
+
+    @property
+    def ranks(self) -> list[dict[str, Any]]:
+        ranks = self.heartbeat.get("ranks")
+        return [rank for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
+
+
+@dataclass(slots=True)
+class JobSeen:
+    """A job by its last event. `last` is that event's name, `data` what its events said, the later over the earlier."""
+
+    job_id: str
+    begun_at: float
+    changed_at: float
+    last: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        return self.last in TERMINAL
+
+
+class Fleet:
+    """Takes events in, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._jobs: dict[str, JobSeen] = {}
+
+    def take(self, event: ReceivedEvent, *, now: float) -> None:
+        """`now` is the monotonic clock when the event came."""
+        worker_id = event.data.get("worker_id")
+        if event.is_job:
+            self._take_job(event, now)
+        elif event.routing_key.startswith("worker.") and isinstance(worker_id, str):
+            worker = self.workers.setdefault(worker_id, Worker(worker_id, now))
+            worker.heard_at = now
+            worker.clock_ahead_seconds = _ahead(event.time)
+            if event.name == "heartbeat":
+                worker.heartbeat = event.data
+                worker.life = "draining" if event.data.get("draining") else ""
+            else:
+                worker.life = event.name
+
+    @property
+    def pools(self) -> list[str]:
+        """The pools of all workers that were heard."""
+        found = {str(worker.heartbeat["pool"]) for worker in self.workers.values() if worker.heartbeat.get("pool")}
+        return sorted(found)
+
+    @property
+    def going_on(self) -> list[JobSeen]:
+        """The jobs that have not ended, the longest first."""
+        return sorted((job for job in self._jobs.values() if not job.ended), key=lambda job: job.begun_at)
+
+    @property
+    def ended(self) -> list[JobSeen]:
+        """The jobs that have ended, the latest first."""
+        return sorted((job for job in self._jobs.values() if job.ended), key=lambda job: -job.changed_at)
+
+    def _take_job(self, event: ReceivedEvent, now: float) -> None:
+        job_id = event.data.get("job_id")
+        if not isinstance(job_id, str) or event.name == "cancel_noted":
+            return
+        job = self._jobs.setdefault(job_id, JobSeen(job_id, now, now))
+        job.last, job.changed_at = event.name, now
+        # Its phase and its steps are those of one attempt.
+        job.data = {**({} if event.name == "accepted" else job.data), **event.data}
+        for old in self.ended[_ENDED_KEPT:]:
+            del self._jobs[old.job_id]
+
+
+def hear(
+    stream: EventStream,
+    fleet: Fleet,
+    *,
+    timeout_seconds: float,
+    enough: Callable[[Fleet], bool] = lambda _fleet: False,
+) -> None:
+    """Listens until every worker had the time to be heard: one and a half heartbeats after the first of them.
+
+    Ends at once when it is `enough`, and after `timeout_seconds` when nobody was heard at all.
+    """
+    end = time.monotonic() + timeout_seconds
+    begun: float | None = None
+    while (left := end - time.monotonic()) > 0:
+        event = stream.next(left)
+        if event is None:
+            return
+        now = time.monotonic()
+        fleet.take(event, now=now)
+        if enough(fleet):
+            return
+        if event.name == "heartbeat" and not event.is_job:
+            begun = begun or now
+            end = begun + 1.5 * max(worker.interval_seconds for worker in fleet.workers.values())
+
+
+def _ahead(text: str) -> float:
+    """By how many seconds the sender's clock is ahead of ours; what the message took on its way counts against it."""
+    try:
+        return datetime.fromisoformat(text).timestamp() - time.time()
+    except ValueError:
+        return 0.0
