@@ -52,15 +52,6 @@ class ReceivedEvent:
         return self.routing_key.startswith("job.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerFacts:
-    """What the broker says about itself when a connection is opened."""
-
-    address: str
-    product: str
-    version: str
-
-
 def parse_event(routing_key: str, body: bytes) -> ReceivedEvent:
     """Reads a CloudEvent leniently: a watcher shows what it does not understand, too."""
     text = body.decode("utf-8", errors="replace")
@@ -224,21 +215,6 @@ def tell_workers(broker: BrokerConfig, routing_key: str) -> None:
             raise UnroutablePublishError(f"{address}: nobody listens for {routing_key} on {exchange}") from error
 
 
-def broker_facts(broker: BrokerConfig) -> BrokerFacts:
-    """Opens a connection and reads the broker's introduction. Raises what `connect` raises."""
-    connection = connect(broker, name="reeld doctor")
-    try:
-        # pika's blocking connection hides what the broker said in connection.start.
-        properties: dict[str, Any] = getattr(connection, "_impl").server_properties or {}  # noqa: B009 - private
-    finally:
-        close(connection)
-    return BrokerFacts(
-        address=redacted(broker.resolved_url()),
-        product=_text(properties.get("product")),
-        version=_text(properties.get("version")),
-    )
-
-
 def apply_on(broker: BrokerConfig, topology: Topology) -> list[Difference]:
     """`daemon.topology.apply_topology` over a connection of its own."""
     return _with_connection(broker, "reeld topology", lambda connection: apply_topology(connection, topology))
@@ -316,7 +292,3 @@ def _within(seconds: float, work: Callable[[], None], late: str) -> None:
         raise PublishError(late)
     for failure in failures:
         raise failure
-
-
-def _text(value: object) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value or "unknown")

@@ -241,11 +241,39 @@ def stacks(
     command.stacks(name, as_json=as_json)
 
 
+def support_bundle(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = None,
+    since: Annotated[str, typer.Option(help="How far back the journal goes, as journalctl has it.")] = "-2h",
+    torch: Annotated[bool, typer.Option("--torch", help="Also ask torch for GPUs, NCCL and kernels (slow).")] = False,
+) -> None:
+    """Gather what is needed to understand a fault into a .tar.gz, with passwords and other secrets removed.
+
+    Nothing is sent anywhere. As root it has the stacks and the journal as well.
+
+    Example:
+
+        sudo reeld support-bundle --config /etc/reeld/reeld.toml
+    """
+    from ops import support_bundle as command
+    from ops.failure import CommandFailedError
+
+    try:
+        path = command.support_bundle(config, output, since=since, with_torch=torch)
+    except OSError as error:
+        raise CommandFailedError(f"{error.filename}: {error.strerror}") from error
+    typer.echo(path)
+
+
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to `reeld`."""
     app.command()(top)
     app.command()(drain)
     app.command()(stacks)
+    app.command()(support_bundle)
     app.add_typer(dlq_app, name="dlq")
 
 

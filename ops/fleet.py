@@ -119,7 +119,8 @@ def hear(
     timeout_seconds: float,
     enough: Callable[[Fleet], bool] = lambda _fleet: False,
 ) -> None:
-    """Listens until every worker had the time to be heard: one and a half heartbeats after the first of them.
+    """Listens until every worker had the time to be heard: one and a half heartbeats after the first of them, of the
+    longest interval seen, and at least of the default one.
 
     Ends at once when it is `enough`, and after `timeout_seconds` when nobody was heard at all.
     """
@@ -135,7 +136,8 @@ def hear(
             return
         if event.name == "heartbeat" and not event.is_job:
             begun = begun or now
-            end = begun + 1.5 * max(worker.interval_seconds for worker in fleet.workers.values())
+            longest = max(worker.interval_seconds for worker in fleet.workers.values())
+            end = begun + 1.5 * max(longest, _DEFAULT_HEARTBEAT_SECONDS)
 
 
 def _ahead(text: str) -> float:

@@ -4,7 +4,7 @@ Owns the choice and one calling convention for all of them: q, k and v are (batc
 strides but a dense last dimension. Leaves out who attends to what (`parallel.attention`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,18 +36,29 @@ class AttentionKernel:
 @cache
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
     """The best kernel that runs here, by trying them from the fastest; logged once."""
-    probe = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.float32).to(dtype)
     refused: dict[str, str] = {}
+    for kernel, refusal in try_kernels(device, dtype, head_dim):
+        if refusal is not None:
+            refused[kernel.name] = refusal
+            continue
+        log.info("attention_kernel", kernel=kernel.name, dtype=str(dtype), head_dim=head_dim, refused=refused)
+        return kernel
+    raise RuntimeError(f"no attention kernel for {dtype} on {device}: {refused}")
+
+
+def try_kernels(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Iterator[tuple[AttentionKernel, str | None]]:
+    """Every kernel there might be, the fastest first, and why it does not run here; None: it does."""
+    probe = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.float32).to(dtype)
     for kernel in _candidates(device, dtype):
         try:
             kernel.attend(probe, probe, probe)
             kernel.attend_with_lse(probe, probe, probe)
         except (ImportError, RuntimeError, TypeError, AttributeError) as error:
-            refused[kernel.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            continue
-        log.info("attention_kernel", kernel=kernel.name, dtype=str(dtype), head_dim=head_dim, refused=refused)
-        return kernel
-    raise RuntimeError(f"no attention kernel for {dtype} on {device}: {refused}")
+            yield kernel, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        else:
+            yield kernel, None
 
 
 def _candidates(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:

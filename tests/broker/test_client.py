@@ -15,6 +15,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon import client
+from daemon.broker_probe import broker_facts
 from daemon.config import BrokerConfig
 from daemon.dead_letters import take_dead_letter
 from daemon.errors import (
@@ -188,7 +189,7 @@ def test_a_dead_letter_is_taken_once(settings: BrokerConfig) -> None:
 
 
 def test_the_broker_says_what_it_is(settings: BrokerConfig) -> None:
-    facts = client.broker_facts(settings)
+    facts = broker_facts(settings)
     assert facts.product == "RabbitMQ"
     assert facts.version[0].isdigit()
     assert "guest:" not in facts.address
@@ -197,10 +198,10 @@ def test_the_broker_says_what_it_is(settings: BrokerConfig) -> None:
 def test_refused_credentials_are_told_apart(vhost: str) -> None:
     url = vhost.replace("guest:guest", "guest:wrong")
     with pytest.raises(CredentialsError, match="user or the password") as refused:
-        client.broker_facts(BrokerConfig(url=url))
+        broker_facts(BrokerConfig(url=url))
     assert "wrong" not in str(refused.value)
     with pytest.raises(CredentialsError, match="virtual host"):
-        client.broker_facts(BrokerConfig(url=vhost + "-absent"))
+        broker_facts(BrokerConfig(url=vhost + "-absent"))
 
 
 def test_submit_prints_the_id_and_the_job_is_in_the_queue(settings: BrokerConfig) -> None:

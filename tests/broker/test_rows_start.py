@@ -42,7 +42,9 @@ def _fatal_lines(url: str, folder: Path, models: Path, *, broker: str = "", stat
 def test_row_12_topology_mismatch_is_a_diff_and_78(vhost: str, models: Path, tmp_path: Path) -> None:
     """A topology that is not as planned is printed object by object, with both values; exit 78, nothing is loaded."""
     with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
-        arguments: dict[str, Any] = {"x-queue-type": "quorum"}
+        arguments: dict[str, Any] = next(
+            each for each in TOPOLOGY.queues() if each.name == TOPOLOGY.dead_queue
+        ).arguments
         connection.channel().queue_declare(TOPOLOGY.dead_queue, durable=True, arguments=arguments)
         arguments = {**TOPOLOGY.queues()[0].arguments, "x-delivery-limit": 7}
         connection.channel().queue_declare(TOPOLOGY.jobs_queue, durable=True, arguments=arguments)
