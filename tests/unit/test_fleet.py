@@ -22,11 +22,11 @@ def a_job(name: str, job_id: str = "fox", **data: object) -> ReceivedEvent:
 
 
 def heartbeat(**data: object) -> ReceivedEvent:
-    ranks = [
-        {"rank": 0, "state": "generating", "phase": "denoise", "step": 3, "steps": 8, "memory_used_bytes": 3 << 30}
-    ]
-    about = {"pool": "wan", "state": "generating", "heartbeat_seconds": 2.0, "consumer": "consuming"}
-    return a_worker("heartbeat", **{**about, "publisher": "connected", "ranks": ranks, **data})
+    rank = {"rank": 0, "state": "generating", "phase": "denoise", "step": 3, "steps": 8, "memory_used_bytes": 3 << 30}
+    about = {"worker_id": "box", "pool": "wan", "state": "generating", "heartbeat_seconds": 2.0, "ranks": [rank]}
+    told = {**about, "consumer": "consuming", "publisher": "connected", **data}
+    event = worker_event("heartbeat", worker_id="box", data=told)
+    return parse_event(event.routing_key, event.body)
 
 
 def drawn(fleet: Fleet, depths: Depths, now: float) -> str:
