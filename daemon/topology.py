@@ -16,8 +16,7 @@ from daemon.errors import ConfigError
 from daemon.events import TERMINAL
 
 # Of the dead letters' queue. To look at a message is a delivery, and past the limit, which is 20 by default from 4.0
-# on, the broker would drop it. -1, which means none there, loses it on 3.10 at the first return; with none said, 3.10
-# puts what is returned at the queue's end.
+# on, the broker drops it. -1 means none there, but loses it on 3.10 at the first return.
 _NO_LIMIT = 1_000_000_000
 
 

@@ -65,7 +65,7 @@ def test_help_starts_fast_and_names_every_command_and_exit_status() -> None:
     done = reeld("--help")
     assert done.returncode == 0
     assert time.monotonic() - begun < 5  # a machine under load; the test below is the sharp one
-    for word in ("run", "submit", "watch", "topology", "doctor", "schema", "tiny-model", "demo"):
+    for word in ("run", "submit", "watch", "topology", "doctor", "schema", "tiny-model", "demo", "top", "drain", "dlq"):
         assert f" {word} " in done.stdout
     for status in ("0 all went well", "3 the job failed", "75 the broker", "77 the broker", "78 the config"):
         assert status in " ".join(done.stdout.split())
@@ -91,6 +91,14 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         "topology plan",
         "topology apply",
         "topology check",
+        "top",
+        "drain",
+        "stacks",
+        "support-bundle",
+        "dlq list",
+        "dlq show",
+        "dlq requeue",
+        "dlq drop",
     ],
 )
 def test_every_command_has_examples(command: str) -> None:
