@@ -220,7 +220,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         storage.open()
     coordinator = Coordinator(config, context, consumer, reporter, storage, measurements)
     if runtime:
-        coordinator.on_drain = (Path(runtime) / DRAIN_MARK).touch
+        coordinator.on_drain = partial(_mark, Path(runtime) / DRAIN_MARK)
     _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
     reporter.worker("started", about)
@@ -276,6 +276,11 @@ def _on_signals(*, drain: Callable[[str], None], ready: Path | None = None) -> N
     else:
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, handler)
+
+
+def _mark(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not keep anybody from draining
+        path.touch()
 
 
 def _log_step(phase: str, step: int, steps: int) -> None:

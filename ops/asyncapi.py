@@ -46,7 +46,12 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
             "job_id",
             "Ends a job, running or queued; an empty message is enough. Each worker answers: job_cancel_noted",
         ),
-        "drain": _control_channel(prefix, "drain", "worker_id", "The worker finishes its job and stops"),
+        "drain": _control_channel(
+            prefix,
+            "drain",
+            "worker_id",
+            "The worker finishes its job and stops. It answers each such message: worker_draining",
+        ),
     }
     return {
         "asyncapi": "3.0.0",
@@ -86,6 +91,13 @@ def asyncapi_document(*, prefix: str = "reeld") -> dict[str, Any]:
                             },
                             "x-reeld-path": {"type": "string", "description": "the field at fault"},
                             "x-reeld-message": {"type": "string"},
+                            "x-reeld-time": {"type": "string", "format": "date-time"},
+                            "x-reeld-worker": {"type": "string", "description": "the worker that gave it up"},
+                            "x-reeld-requeued-from": {
+                                "type": "array",
+                                "items": {"type": "object"},
+                                "description": "what it had failed of when somebody requeued it before",
+                            },
                         },
                     },
                     "payload": {},

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -17,7 +18,7 @@ import pytest
 
 from daemon.events import worker_event
 from ops.private_broker import PrivateBroker
-from tests.harness import Ear, Faults, Worker, fresh_vhost, idle, job, publish, write_config
+from tests.harness import Ear, Faults, Worker, fresh_vhost, idle, job, publish, take, write_config
 
 LONG = {"seed": 1, "height": 128, "width": 192, "num_frames": 33, "num_inference_steps": 40}
 
@@ -184,3 +185,24 @@ def test_drain_finishes_the_job_and_stops_the_worker(running: Running) -> None:
     ends = [seen.name for seen in running.ear.all(job_id=message["job_id"]) if seen.name in ("succeeded", "failed")]
     assert ends == ["succeeded"]
     assert not [line for line in running.worker.logs() if line["event"] == "job_handed_back"]
+
+
+def test_a_worker_that_fails_while_it_drains_by_message_stays_stopped(vhost: str, models: Path, tmp_path: Path) -> None:
+    """Its rank is killed in mid-job: the daemon ends with 0, starts no other group, and the job goes back."""
+    ear = Ear(vhost)
+    worker = Worker(write_config(tmp_path, models, nproc=1), vhost, tmp_path)
+    running = Running(worker, ear, Faults(tmp_path), vhost, tmp_path)
+    message = job(parameters={**LONG, "num_inference_steps": 200})
+    try:
+        ear.wait(idle, worker=worker)
+        publish(vhost, message)
+        ear.wait(lambda seen: seen.name == "progress" and seen.data["phase"] == "denoise", worker=worker)
+        running.reeld("drain", "tester")
+        (rank,) = {line["pid"] for line in worker.logs() if line["rank"] == 0}
+        os.kill(rank, signal.SIGKILL)
+        assert worker.process.wait(60) == 0, worker.tail()
+        assert len([line for line in worker.logs() if line["event"] == "starting_ranks"]) == 1
+        assert [json.loads(body)["job_id"] for _, body in take(vhost, "reeld.jobs.test")] == [message["job_id"]]
+    finally:
+        worker.end()
+        ear.close()
