@@ -121,8 +121,8 @@ def redacted(url: str) -> str:
     return urlunsplit((parts.scheme, f"{user}{host}{port}", parts.path, "", ""))
 
 
-def _tls_context(broker: BrokerConfig) -> ssl.SSLContext:
-    """Raises ConfigError that names the file at fault."""
+def tls_context(broker: BrokerConfig) -> ssl.SSLContext:
+    """Whom we trust and who we are. Raises ConfigError that names the file at fault."""
     try:
         context = ssl.create_default_context(cafile=str(broker.ca_file) if broker.ca_file else None)
     except (OSError, ssl.SSLError) as error:
@@ -157,7 +157,7 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
     parameters.blocked_connection_timeout = None
     parameters.client_properties = {"connection_name": name, "product": "reeld"}
     if broker.ca_file is not None or broker.cert_file is not None:
-        parameters.ssl_options = pika.SSLOptions(_tls_context(broker), parameters.host)
+        parameters.ssl_options = pika.SSLOptions(tls_context(broker), parameters.host)
     try:
         return Connection(parameters)
     except pika.exceptions.ProbableAuthenticationError as error:

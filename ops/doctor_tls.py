@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from daemon.config import BrokerConfig
+from daemon.connection import tls_context
+from daemon.errors import ConfigError
 from ops.finding import Finding
 
 _AMQPS_PORT = 5671
@@ -34,6 +36,10 @@ def examine_tls(broker: BrokerConfig) -> Iterator[Finding]:
         certificate, version = _handshake(broker, host, parts.port or _AMQPS_PORT)
     except ssl.SSLCertVerificationError as error:
         yield Finding("TLS", "fail", f"{host}: {error.verify_message}", _fix(error.verify_code, host, broker))
+    except ConfigError as error:
+        yield Finding(
+            "TLS", "fail", str(error), "correct these files: PEM, without a passphrase, readable by the worker"
+        )
     except (OSError, ssl.SSLError) as error:
         text = f"{host}: no TLS: {error}"
         yield Finding("TLS", "fail", text, "is that the broker's TLS port (5671), and is it up?")
@@ -42,10 +48,9 @@ def examine_tls(broker: BrokerConfig) -> Iterator[Finding]:
 
 
 def _handshake(broker: BrokerConfig, host: str, port: int) -> tuple[dict[str, object], str]:
-    context = ssl.create_default_context(cafile=str(broker.ca_file) if broker.ca_file else None)
     with (
         socket.create_connection((host, port), timeout=broker.connect_timeout_seconds) as plain,
-        context.wrap_socket(plain, server_hostname=host) as secure,
+        tls_context(broker).wrap_socket(plain, server_hostname=host) as secure,
     ):
         return dict(secure.getpeercert() or {}), secure.version() or "TLS"
 
