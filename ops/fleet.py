@@ -5,7 +5,6 @@ Leaves out where events come from (`daemon.client`) and how this looks (`ops.top
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,6 +16,8 @@ from daemon.events import TERMINAL
 _SILENT_HEARTBEATS = 3.0
 _DEFAULT_HEARTBEAT_SECONDS = 5.0
 _ENDED_KEPT = 50
+# A job whose end was not heard: its worker was lost while nobody listened.
+_FORGOTTEN_SECONDS = 3600.0
 
 
 @dataclass(slots=True)
@@ -108,21 +109,16 @@ class Fleet:
         job.last, job.changed_at = event.name, now
         # Its phase and its steps are those of one attempt.
         job.data = {**({} if event.name == "accepted" else job.data), **event.data}
-        for old in self.ended[_ENDED_KEPT:]:
+        lapsed = [each for each in self.going_on if now - each.changed_at > _FORGOTTEN_SECONDS]
+        for old in [*self.ended[_ENDED_KEPT:], *lapsed]:
             del self._jobs[old.job_id]
 
 
-def hear(
-    stream: EventStream,
-    fleet: Fleet,
-    *,
-    timeout_seconds: float,
-    enough: Callable[[Fleet], bool] = lambda _fleet: False,
-) -> None:
+def hear(stream: EventStream, fleet: Fleet, *, timeout_seconds: float) -> None:
     """Listens until every worker had the time to be heard: one and a half heartbeats after the first of them, of the
     longest interval seen, and at least of the default one.
 
-    Ends at once when it is `enough`, and after `timeout_seconds` when nobody was heard at all.
+    Ends after `timeout_seconds` when nobody was heard at all.
     """
     end = time.monotonic() + timeout_seconds
     begun: float | None = None
@@ -132,8 +128,6 @@ def hear(
             return
         now = time.monotonic()
         fleet.take(event, now=now)
-        if enough(fleet):
-            return
         if event.name == "heartbeat" and not event.is_job:
             begun = begun or now
             longest = max(worker.interval_seconds for worker in fleet.workers.values())

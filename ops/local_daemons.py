@@ -6,6 +6,7 @@ process's environment: its user's, or root's. Leaves out what is asked of them.
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,14 @@ def _of(found: dict[int, LocalDaemon], launcher: psutil.Process, runtime: str) -
 
 def _runtime_of(launcher: psutil.Process) -> str | None:
     """A launcher's folder, by the file for its stacks, which it holds open. None when this is no launcher."""
-    for opened in launcher.open_files():
-        if Path(opened.path).name == LAUNCHER_STACKS_FILE:
-            return str(Path(opened.path).parent)
-    return None
+    # Not psutil's open_files, which leaves out what is not there as seen from here.
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{launcher.pid}/fd").iterdir()]
+    except PermissionError as error:
+        raise psutil.AccessDenied(launcher.pid) from error
+    except OSError:
+        return None
+    return next((str(Path(path).parent) for path in opened if Path(path).name == LAUNCHER_STACKS_FILE), None)
 
 
 def _unit(process: psutil.Process) -> str | None:

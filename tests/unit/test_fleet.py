@@ -63,6 +63,9 @@ def test_a_job_goes_from_the_running_to_the_ended() -> None:
     fleet.take(a_job("cancel_noted", job_id="other", state="unknown"), now=5.0)
     assert (fleet.going_on, [job.job_id for job in fleet.ended]) == ([], ["fox"])
     assert "internal: [bold]no" in drawn(fleet, {}, 6.0)
+    fleet.take(a_job("progress", job_id="lost"), now=7.0)
+    fleet.take(a_job("progress", job_id="next"), now=7.0 + 3601)
+    assert [job.job_id for job in fleet.going_on] == ["next"], "nobody heard how the other one ended"
 
 
 def test_what_is_wrong_is_told() -> None:
