@@ -10,6 +10,8 @@ from daemon.cancellations import Cancellations
 from daemon.errors import JobCancelled, JobHandedBack
 from parallel.outcome import Stop
 
+DRAINED_BY_MESSAGE = "control"
+
 
 class Asked:
     """The wishes so far. For any thread, and for signal handlers."""
@@ -24,12 +26,18 @@ class Asked:
         self._changed = threading.Condition(threading.RLock())
 
     def drain(self, reason: str) -> None:
-        """Finish the job in hand and stop. Asked a second time: hand the job back at once."""
+        """Finish the job in hand and stop. A second signal: hand the job back at once.
+
+        A message counts for none: whoever sends it again may not have heard the answer, and `systemctl stop` may
+        follow `reeld drain`.
+        """
         with self._changed:
             if self.drain_reason is None:
                 self.drain_reason = reason
                 self._drain_deadline = time.monotonic() + self._drain_seconds
-            else:
+            elif self.drain_reason == DRAINED_BY_MESSAGE:
+                self.drain_reason = reason
+            elif reason != DRAINED_BY_MESSAGE:
                 self._hand_back = True
             self._changed.notify_all()
 

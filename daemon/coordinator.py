@@ -18,7 +18,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from daemon.admission import check_fits
-from daemon.asked import Asked
+from daemon.asked import DRAINED_BY_MESSAGE, Asked
 from daemon.attempt import DivergenceWatch, RankContext, attempt_plan, raise_for_outcomes
 from daemon.cancellations import Cancellations
 from daemon.config import Config
@@ -49,7 +49,6 @@ from parallel.plan import Generate, GenerationPlan, Outcome
 
 log = structlog.get_logger("job")
 
-DRAINED_BY_MESSAGE = "control"
 # Lost so often without a pause, a job goes to the retry ladder.
 _LOST_RUNNING = 2
 
@@ -98,7 +97,7 @@ class Coordinator:
         return self._asked.drain_reason
 
     def drain(self, reason: str) -> None:
-        """Finish the job in hand and stop. Asked a second time: hand the job back at once. Safe in a signal handler."""
+        """Finish the job in hand and stop. A second signal: hand the job back at once. Safe in a signal handler."""
         self._asked.drain(reason)
         self._consumer.deliveries.put(None)
         self._answer_drain()
@@ -108,11 +107,9 @@ class Coordinator:
         verb, _, rest = routing_key.partition(".")
         if verb == "cancel":
             self._cancel(rest)
-        elif verb == "drain" and self._asked.drain_reason is None:
+        elif verb == "drain":
             self.on_drain()
             self.drain(DRAINED_BY_MESSAGE)
-        elif verb == "drain":
-            self._answer_drain()  # whoever asks again may not have heard; the job is not handed back for that
 
     def _cancel(self, job_id: str) -> None:
         if not re.fullmatch(JOB_ID_PATTERN, job_id):

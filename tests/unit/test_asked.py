@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.asked import Asked
+from daemon.asked import DRAINED_BY_MESSAGE, Asked
 from daemon.cancellations import Cancellations
 from daemon.errors import JobCancelled, JobHandedBack
 from parallel.outcome import Stop
@@ -114,3 +114,23 @@ def test_pause_without_a_wish_lasts(tmp_path: Path) -> None:
     begun = time.monotonic()
     asked.pause(0.1, "a")
     assert time.monotonic() - begun >= 0.1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "hands_back"),
+    [
+        (["SIGTERM"], False),
+        (["SIGTERM", "SIGTERM"], True),
+        ([DRAINED_BY_MESSAGE, DRAINED_BY_MESSAGE], False),
+        ([DRAINED_BY_MESSAGE, "SIGTERM"], False),
+        (["SIGTERM", DRAINED_BY_MESSAGE], False),
+        ([DRAINED_BY_MESSAGE, "SIGTERM", "SIGTERM"], True),
+    ],
+)
+def test_only_a_second_signal_hands_the_job_back(tmp_path: Path, wishes: list[str], hands_back: bool) -> None:
+    """A drain message may come again, and a stop may follow it: neither takes the job away."""
+    asked = Asked(_cancellations(tmp_path), drain_seconds=60)
+    for wish in wishes:
+        asked.drain(wish)
+    assert asked.must_hand_back() is hands_back
+    assert asked.drain_reason in wishes
