@@ -144,3 +144,16 @@ print(number)
         numbers += [json.loads(line)["number"] for line in text.splitlines()]
     assert sorted(numbers) == list(range(int(written)))
     assert len(list(directory.glob("*.gz"))) >= 2
+
+
+def test_a_job_costs_three_lines_however_long_it_is(service: Service, printed: list[str]) -> None:
+    """At info no step is logged: a job of 40 steps says as much as one of 4, under 2 KB."""
+    assert printed
+    sizes = []
+    for steps in (4, 40):
+        message = job(parameters={"seed": 7, "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": steps})
+        assert service.do(message) == "job_succeeded"
+        lines = [line for line in service.worker.lines() if message["job_id"] in line]
+        sizes.append([json.loads(line)["event"] for line in lines])
+        assert sum(map(len, lines)) < 2000
+    assert sizes[0] == sizes[1] == ["job_accepted", "job_started", "job_succeeded"]
