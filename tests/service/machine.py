@@ -183,10 +183,12 @@ class Machine:
 
     def _end(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                self._process.send_signal(signal.SIGTERM)
+            # At once, by its init: a shutdown in order waits for units, and init would outlive a killed systemd-nspawn.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._leader or self._process.pid, signal.SIGKILL)
+            try:
                 self._process.wait(20)
-            if self._process.poll() is None:
+            except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait(20)
         for cgroup in self._cgroups:
