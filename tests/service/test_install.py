@@ -4,6 +4,7 @@ The release is there already, so that nothing is built: `make test-install` buil
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -104,14 +105,19 @@ def test_an_interpreter_that_the_unit_cannot_see_is_refused(tmp_path: Path, monk
 @pytest.mark.skipif("REELD_BUILD_RELEASE" not in os.environ, reason="minutes and 6 GB: make test-install")
 def test_a_release_is_built(tmp_path: Path) -> None:
     """The release holds everything of the lock and reeld itself, and nothing in it points back at the checkout."""
-    assert _install(tmp_path)[0].startswith("build ")
-    release = tmp_path / "opt/reeld/current"
-    script = "import daemon, diffsynth, torch, xfuser; print(daemon.__file__, torch.__file__)"
-    command = [str(release / "bin/python"), "-P", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", timeout=600)
-    found = [Path(each).resolve() for each in done.stdout.split()]
-    assert all(path.is_relative_to(release.resolve()) for path in found), found
-    helped = subprocess.run([str(release / "bin/reeld"), "--help"], capture_output=True, text=True, check=True, cwd="/")
-    assert "install" in helped.stdout
-    assert not list((release.resolve() / "lib").rglob("__editable__*reeld*"))
-    assert _install(tmp_path) == []
+    try:
+        assert _install(tmp_path)[0].startswith("build ")
+        release = tmp_path / "opt/reeld/current"
+        script = "import daemon, diffsynth, torch, xfuser; print(daemon.__file__, torch.__file__)"
+        command = [str(release / "bin/python"), "-P", "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", timeout=600)
+        found = [Path(each).resolve() for each in done.stdout.split()]
+        assert all(path.is_relative_to(release.resolve()) for path in found), found
+        helped = subprocess.run(
+            [str(release / "bin/reeld"), "--help"], capture_output=True, text=True, check=True, cwd="/"
+        )
+        assert "install" in helped.stdout
+        assert not list((release.resolve() / "lib").rglob("__editable__*reeld*"))
+        assert _install(tmp_path) == []
+    finally:
+        shutil.rmtree(tmp_path / "opt", ignore_errors=True)  # pytest keeps its folders for three runs
