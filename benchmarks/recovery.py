@@ -7,11 +7,13 @@ that both meet the same machine:
   processes as there are ranks start Python and load the same models through DiffSynth alone: no groups, no broker.
 - a broker is killed and started again; recovered: the daemon consumes again. Floor: the broker's own start.
 
-Leaves out how the floors might be lowered. Prints Markdown, and writes it and JSON into `--out`.
+Where the time after a killed peer goes is taken from the worker's log lines. Prints Markdown, and writes it and JSON
+into `--out`. Leaves out how the floors might be lowered.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -48,20 +50,35 @@ for name in ("tiny-t2v", "tiny-i2v"):
 """
 
 
+# The log line that ends each stage of a recovery, on the last rank to write it.
+_STAGES = {
+    "group ended, started again": "starting_ranks",
+    "Python, imports, joining": "joined",
+    "models loaded": "ready",
+    "consuming, redelivered": "job_started",
+}
+
+
+# On every broker a kill soon after a declare may lose the queue.
+_DECLARED_SECONDS = 2.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no further peer is killed after so long")
     parser.add_argument("--out", type=Path, default=Path("recovery-output"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
-        rows = _measure(Path(folder), runs=arguments.runs, ranks=arguments.ranks)
+        rows = _measure(Path(folder), runs=arguments.runs, ranks=arguments.ranks, minutes=arguments.minutes)
     report = {
-        "runs": arguments.runs,
+        "runs": {name: len(rows[name]) for name in ("peer", "broker")},
         "ranks": arguments.ranks,
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
         "seconds": rows,
+        "stages_p50": _stages_p50(rows),
         "summary": {
             "peer": _summary(rows["peer"], rows["process_floor"]),
             "broker": _summary(rows["broker"], rows["broker_floor"]),
@@ -75,7 +92,7 @@ def main() -> int:
     return 0
 
 
-def _measure(folder: Path, *, runs: int, ranks: int) -> dict[str, list[float]]:
+def _measure(folder: Path, *, runs: int, ranks: int, minutes: float) -> dict[str, list[float]]:
     models = folder / "models"
     script = "import sys; from pathlib import Path; from parallel.tiny import write_tiny_model; "
     script += "write_tiny_model(Path(sys.argv[1]))"
@@ -83,29 +100,40 @@ def _measure(folder: Path, *, runs: int, ranks: int) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {"peer": [], "process_floor": [], "broker": [], "broker_floor": []}
     with PrivateBroker(folder / "broker") as broker:
         config = write_config(folder, models, nproc=ranks, topology="delivery_limit = 100")
-        ear = Ear(broker.amqp_url)
         worker = Worker(config, broker.amqp_url, folder)
         try:
-            ear.wait(idle, worker=worker)
-            for run in range(runs):
-                rows["peer"].append(_kill_peer(worker, ear, broker.amqp_url, ranks))
-                rows["process_floor"].append(_load_models(models, ranks))
-                print(f"peer {run + 1}/{runs}: {rows['peer'][-1]:.2f} s, floor {rows['process_floor'][-1]:.2f} s")
-            ear.close()
+            worker.wait_log("consuming", timeout=300)
+            time.sleep(_DECLARED_SECONDS)
             for run in range(runs):
                 floor, seconds = _restart_broker(worker, broker)
                 rows["broker_floor"].append(floor)
                 rows["broker"].append(seconds)
-                print(f"broker {run + 1}/{runs}: {seconds:.2f} s, floor {floor:.2f} s")
+                print(f"broker {run + 1}/{runs}: {seconds:.2f} s, floor {floor:.2f} s", flush=True)
+            ear = Ear(broker.amqp_url)
+            ear.wait(idle, worker=worker)
+            until = time.monotonic() + minutes * 60
+            for run in range(runs):
+                if time.monotonic() > until and run > 0:
+                    break
+                seconds, stages = _kill_peer(worker, ear, broker.amqp_url, ranks)
+                rows["peer"].append(seconds)
+                for name, each in stages.items():
+                    rows.setdefault(name, []).append(each)
+                rows["process_floor"].append(_load_models(models, ranks))
+                print(
+                    f"peer {run + 1}/{runs}: {rows['peer'][-1]:.2f} s, floor {rows['process_floor'][-1]:.2f} s",
+                    flush=True,
+                )
+            ear.close()
             worker.drain()
         finally:
             worker.end()
     return rows
 
 
-def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> float:
-    """Seconds from the kill to the first step of the redelivered job."""
-    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 60, "height": 128, "width": 192})
+def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> tuple[float, dict[str, float]]:
+    """Seconds from the kill to the first step of the redelivered job, and how they are made up."""
+    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 25, "height": 128, "width": 192})
     key = f"job.{message['job_id']}.progress"
     publish(url, message)
     ear.wait(lambda seen: seen.routing_key == key and seen.data["phase"] == "denoise", worker=worker)
@@ -121,7 +149,13 @@ def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> float:
         lambda seen: seen.routing_key == key and seen.data["phase"] == "denoise", after=number, worker=worker
     )
     ear.terminal(message["job_id"], worker=worker, timeout=300)
-    return _seconds(step.event["time"]) - killed
+    stepped = _seconds(step.event["time"])
+    stages, last = {}, killed
+    for name, event in _STAGES.items():
+        times = (_seconds(line["timestamp"]) for line in worker.logs() if line["event"] == event)
+        end = max(at for at in times if killed < at <= stepped)
+        stages[name], last = end - last, end
+    return stepped - killed, {**stages, "text encoding, first step": stepped - last}
 
 
 def _load_models(models: Path, ranks: int) -> float:
@@ -152,8 +186,13 @@ def _restart_broker(worker: Worker, broker: PrivateBroker) -> tuple[float, float
             raise RuntimeError(worker.tail())
         time.sleep(0.2)  # a growing file offers no event; what counts is the line's own time
     again = [line for line in worker.logs() if line["event"] == "consuming"][-1]
-    time.sleep(2)  # on every broker a kill soon after a declare may lose the queue
+    time.sleep(_DECLARED_SECONDS)
     return floor, _seconds(again["timestamp"]) - begun
+
+
+def _stages_p50(rows: dict[str, list[float]]) -> dict[str, float]:
+    names = [*_STAGES, "text encoding, first step"]
+    return {name: round(statistics.median(rows[name]), 2) for name in names}
 
 
 def _count_consuming(worker: Worker) -> int:
@@ -182,16 +221,17 @@ def _markdown(report: dict[str, Any]) -> str:
     }
     load = ", ".join(f"{each:.1f}" for each in report["load_average"])
     lines = [
-        f"n = {report['runs']} runs each, {report['cpus']} CPUs, load average at the end {load}.",
+        f"{report['cpus']} CPUs, load average at the end {load}.",
         "",
-        "| recovery | p50 s | max s | floor p50 s | floor max s | p50 / floor |",
-        "|---|---|---|---|---|---|",
+        "| recovery | runs | p50 s | max s | floor p50 s | floor max s | p50 / floor |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, name in names.items():
         row = report["summary"][key]
-        lines.append(
-            f"| {name} | {row['p50']} | {row['max']} | {row['floor_p50']} | {row['floor_max']} | {row['ratio_p50']} |"
-        )
+        figures = (row[figure] for figure in ("p50", "max", "floor_p50", "floor_max", "ratio_p50"))
+        lines.append("| " + " | ".join(map(str, (name, report["runs"][key], *figures))) + " |")
+    lines += ["", "After a killed peer, p50 of each stage:", "", "| stage | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds} |" for name, seconds in report["stages_p50"].items()]
     return "\n".join(lines) + "\n"
 
 
