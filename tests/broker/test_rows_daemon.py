@@ -68,10 +68,11 @@ def test_row_04_resets_in_one_job_do_not_exhaust_its_deliveries(daemon: DaemonUn
     job_id = daemon.publish_long()
     for _ in range(5):
         lines = len(daemon.worker.lines())
+        opened = daemon.proxy.hold("Basic.Qos", TO_BROKER)  # of the next connection, whose login is through then
         daemon.proxy.reset("consumer")
         daemon.worker.wait_log("connection_lost", after=lines, logger="consumer")
-        while not any("consumer" in name for name in daemon.proxy.names()):
-            time.sleep(0.05)
+        opened.wait()
+    daemon.proxy.release(opened)
     assert all(line["job_id"] != job_id for line in daemon.events("job_succeeded")), "too short a job for this test"
     daemon.worker.wait_log("job_already_done", job_id=job_id)
     daemon.check_done_once(job_id)
