@@ -5,7 +5,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading \
-	check clean
+	dashboard-picture check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-recovery: install ## seconds from a killed peer and a restarted broker to 
 
 bench-loading: install ## as root: seconds to load a model from a cold disk, beside reading its files once
 	$(BIN)/python -m benchmarks.loading $(ARGS)
+
+dashboard-picture: install ## docs/images/dashboard.png: the dashboard's panels from a real run (2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.dashboard $(ARGS)
 
 check: install ## what a reviewer should not have to say: lint, format, types, who imports whom
 	$(BIN)/ruff check .
