@@ -33,6 +33,7 @@ from daemon.models import check_models
 from daemon.notify import Notifier
 from daemon.preflight import look_at_broker
 from daemon.service_state import ServiceState
+from daemon.signals import DRAIN_SIGNAL
 from daemon.vitals import Vitals
 from parallel.profile import ModelFiles
 
@@ -242,7 +243,7 @@ class _Launcher:
         rank0 = rank_processes().get(0)
         log.info("signal", signal=signal.Signals(number).name, forwarded_to=rank0.pid if rank0 else None)
         if rank0 is not None:
-            rank0.send_signal(signal.SIGUSR1)
+            rank0.send_signal(DRAIN_SIGNAL)
 
     def _on_overdue(self, _number: int, _frame: object) -> None:
         self._overdue = True

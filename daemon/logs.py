@@ -11,7 +11,6 @@ import json
 import logging
 import logging.handlers
 import os
-import signal
 import socket
 import sys
 import threading
@@ -25,16 +24,17 @@ import structlog
 
 from daemon import __version__
 from daemon.events import now
+from daemon.signals import STACKS_SIGNAL
 
 LOCK_VARIABLE = "REELD_LOG_LOCK"
 # Begins a line that a rank has formatted already; the launcher passes it on as it is. (RFC 7464's record separator.)
 _FORMATTED = b"\x1e"
 RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
-# Rank 0 makes this file in the runtime directory once it takes SIGUSR1 for a wish to drain.
+# Rank 0 makes this file in the runtime directory once it takes DRAIN_SIGNAL for a wish to drain.
 READY_MARK = "ready"
 # And this one when a message asked it to drain: if its group fails now, it is not started again.
 DRAIN_MARK = "draining"
-# Where a rank writes the stacks of its threads on SIGUSR2.
+# Where a rank writes the stacks of its threads on STACKS_SIGNAL.
 STACKS_FILE = "stacks-{rank}.txt"
 LAUNCHER_STACKS_FILE = "launcher-stacks.txt"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
@@ -226,9 +226,9 @@ def setup_logs(
         faulthandler.enable((Path(runtime) / f"rank-{rank}.txt").open("w"))
         # For the launcher, which asks all ranks when one makes no progress. The handler is C and needs no GIL, so it
         # also answers for a rank whose main thread hangs inside a library.
-        faulthandler.register(signal.SIGUSR2, (Path(runtime) / STACKS_FILE.format(rank=rank)).open("w"))
+        faulthandler.register(STACKS_SIGNAL, (Path(runtime) / STACKS_FILE.format(rank=rank)).open("w"))
     if runtime and rank is None:
-        faulthandler.register(signal.SIGUSR2, (Path(runtime) / LAUNCHER_STACKS_FILE).open("w"))
+        faulthandler.register(STACKS_SIGNAL, (Path(runtime) / LAUNCHER_STACKS_FILE).open("w"))
     if capture:
         os.environ.setdefault("TQDM_DISABLE", "1")
         # Libraries that put handlers of their own on their loggers write to the captured descriptors.

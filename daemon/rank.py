@@ -29,6 +29,7 @@ from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
 from daemon.reporter import Reporter
+from daemon.signals import DRAIN_SIGNAL
 from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
@@ -44,7 +45,7 @@ from parallel.world import HealthBoard, Launch, World, join, read_launch
 
 log = structlog.get_logger("process")
 
-# Set by `reeld run`. Then SIGUSR1 means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
+# Set by `reeld run`. Then DRAIN_SIGNAL means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
 # the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _LOADING_LOG_SECONDS = 5.0
@@ -266,10 +267,11 @@ def _health(config: Config, launch: Launch, state: RankState) -> HealthThread:
 
 def _on_signals(*, drain: Callable[[str], None], ready: Path | None = None) -> None:
     def handler(number: int, _frame: object) -> None:
-        drain(signal.Signals(number).name)
+        # The launcher passes on what it was told, by a signal of its own.
+        drain("SIGTERM" if number == DRAIN_SIGNAL else signal.Signals(number).name)
 
     if os.environ.get(LAUNCHER_VARIABLE):
-        signal.signal(signal.SIGUSR1, handler)
+        signal.signal(DRAIN_SIGNAL, handler)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the launcher, which drains
         if ready is not None:
             ready.touch()

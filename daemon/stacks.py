@@ -1,4 +1,4 @@
-"""Stacks on request: each rank, and the launcher, write theirs to a file when they get SIGUSR2.
+"""Stacks on request: each rank, and the launcher, write theirs to a file when they get STACKS_SIGNAL.
 
 Owns asking and reading. faulthandler's handler is C and needs no GIL, so a process that hangs inside a library
 answers as well. Leaves out setting the handler (`daemon.logs`), and what is done about what is seen.
@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from daemon.signals import STACKS_SIGNAL
 from daemon.stall import parse_stacks
 
 # How long the processes have to write.
@@ -32,7 +33,7 @@ def ask_stacks(
         # Before the file is there the signal would end the process.
         with contextlib.suppress(psutil.Error, OSError):
             before[key] = file.stat().st_size
-            process.send_signal(signal.SIGUSR2)
+            process.send_signal(STACKS_SIGNAL)
             if wake:
                 process.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + _ANSWER_SECONDS

@@ -15,15 +15,15 @@ from ops.failure import CommandFailedError
 from ops.local_daemons import LocalDaemon, find_daemons
 from ops.stacks import choose, collect, text
 
-# A launcher that starts one rank; both write their stacks on SIGUSR2, as `daemon.logs` sets it up, and then hang in C.
+# A launcher that starts one rank; both write their stacks when asked, as `daemon.logs` sets it up, and then hang in C.
 _LAUNCHER = """
 import ctypes, faulthandler, os, signal, subprocess, sys
 runtime = os.environ["RUNTIME"]
 os.makedirs(runtime)
-faulthandler.register(signal.SIGUSR2, open(runtime + "/launcher-stacks.txt", "w"))
+faulthandler.register(signal.SIGRTMIN + 1, open(runtime + "/launcher-stacks.txt", "w"))
 rank = '''
 import ctypes, faulthandler, os, signal
-faulthandler.register(signal.SIGUSR2, open(os.environ["REELD_RUNTIME_DIRECTORY"] + "/stacks-0.txt", "w"))
+faulthandler.register(signal.SIGRTMIN + 1, open(os.environ["REELD_RUNTIME_DIRECTORY"] + "/stacks-0.txt", "w"))
 def hang_with_the_gil():
     while True:
         ctypes.PyDLL(None).sleep(1000)
