@@ -1,4 +1,4 @@
-"""The signals of `daemon.signals`, beside what a GPU's compiler does to them. No GPU is needed: Triton compiles anyway."""
+"""The signals of `daemon.signals`, beside what a GPU's compiler does to them. Needs no GPU: Triton compiles anyway."""
 
 import subprocess
 import sys
