@@ -71,9 +71,7 @@ def test_memory_that_really_runs_out(running: _Running) -> None:
     """Another program takes the memory of the first card, where all frames come together: the job that no longer fits
     fails as `out_of_memory`, and once the memory is free again the next one is done, by the same worker."""
     large = job(parameters={"seed": 7, "height": 720, "width": 1280, "num_frames": 161, "num_inference_steps": 2})
-    hog = subprocess.Popen(
-        [sys.executable, "-c", _HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    hog = subprocess.Popen([sys.executable, "-c", _HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert hog.stdout is not None
     assert hog.stdin is not None
     try:
