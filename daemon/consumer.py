@@ -222,6 +222,8 @@ class Consumer:
         except ConfigError as error:
             self._on_topology_error(error)
         finally:
+            steady_seconds = _TICK_SECONDS if self.consuming.is_set() else self._broker.backoff_max_seconds
+            steady = time.monotonic() - begun > steady_seconds
             self.consuming.clear()
             self._connection = None
             self._channel = None
@@ -229,7 +231,7 @@ class Consumer:
                 with contextlib.suppress(*LOST):
                     connection.close()
         # A broker that accepts connections but refuses the consumer must not be hammered.
-        self._failures = 0 if time.monotonic() - begun > self._broker.backoff_max_seconds else self._failures + 1
+        self._failures = 0 if steady else self._failures + 1
         self._stop.wait(min(self._broker.backoff_max_seconds, self._broker.backoff_initial_seconds * self._failures))
 
     def _serve(self, connection: Connection) -> None:
