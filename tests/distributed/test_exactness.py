@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.distributed.launch import run_module
+from tests.distributed.launch import run_module, run_reference
 
 SEED = int(os.environ.get("REELD_EXACTNESS_SEED", "1"))
 RANDOM_CASES = int(os.environ.get("REELD_EXACTNESS_CASES", "6"))
@@ -103,7 +103,7 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    run_module("reference", cases, output)
+    run_reference("reference", cases, output)
     return load_file(output)
 
 

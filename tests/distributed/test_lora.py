@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.distributed.experts import write_loras, write_two_experts
-from tests.distributed.launch import run_module
+from tests.distributed.launch import run_module, run_reference
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    run_module("reference_lora", cases, output)
+    run_reference("reference_lora", cases, output)
     return load_file(output)
 
 

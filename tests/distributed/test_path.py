@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from ops.private_broker import PrivateBroker
 from tests.distributed.experts import write_loras
-from tests.distributed.launch import run_module
+from tests.distributed.launch import run_reference
 from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish, take, write_config
 
 
@@ -118,7 +118,7 @@ def _reference(folder: Path, message: dict[str, Any], work: Path) -> Any:
     }
     case = {"name": "one", "model_folder": str(folder), "dtype": "float32", "input_image": None}
     (work / "cases.json").write_text(json.dumps([{**case, "arguments": arguments}]))
-    run_module("reference", work / "cases.json", work / "reference.safetensors")
+    run_reference("reference", work / "cases.json", work / "reference.safetensors")
     frames = load_file(work / "reference.safetensors")["one"]
     return np.clip((frames + 1) * 127.5, 0, 255).astype(np.uint8)
 

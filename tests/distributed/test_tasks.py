@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from daemon.config import InputsConfig
 from daemon.media import stage_audio, stage_video
-from tests.distributed.launch import run_module
+from tests.distributed.launch import run_module, run_reference
 
 EVERYTHING = os.environ.get("REELD_EVERY_TASK") == "1"
 SHAPE = {"height": 80, "width": 112, "num_frames": 9}  # 3 x 5 x 7 tokens
@@ -137,7 +137,7 @@ def cases(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(cases: Path) -> dict[str, Any]:
     output = cases.parent / "reference.safetensors"
-    run_module("reference", cases, output)
+    run_reference("reference", cases, output)
     return load_file(output)
 
 
