@@ -173,21 +173,20 @@ def _denoise(model: ModelSizes, shape: JobShape, degrees: ParallelDegrees, eleme
     dit = model.dit
     tokens = math.ceil(_num_tokens(model, shape) / degrees.sequence_degree)
     unit = tokens * dit.dim * element
-    apart = 1 if degrees.ulysses_degree > 1 else 0
+    single = tokens * dit.dim * 4  # a unit in float32
     text_tokens = TEXT_TOKENS + (IMAGE_TOKENS if dit.takes_image_tokens else 0)
-    # Alive through a block: its input, the first block's input, q, k and v as they were sent (3), what was attended.
-    # Then, at the three places where most is alive beside that:
-    feed_forward = 2 * unit + 2 * tokens * dit.ffn_dim * element
-    normalising = 1 * unit + 3 * tokens * dit.dim * 4  # RMSNorm works on three copies in float32
-    crossing = 5 * unit + 3 * text_tokens * dit.dim * element
-    # Round a ring: the block that is attended and the one that arrives, and three partial results in float32.
-    ringing = 4 * unit + 3 * tokens * dit.dim * 4 if degrees.ring_degree > 1 else 0
-    kept = 3 * unit
-    found = {
-        "activations": kept + max(feed_forward, normalising, crossing, ringing),
-        "attention": 3 * unit,
-        "exchange": apart * unit,
-    }
+    # Alive throughout are the block's input and the first block's: 2 units. The places where most is alive beside them:
+    # q, k and v, normed and one of them rotated, while the other is rotated in float32;
+    rotating = 5 * unit + 3 * single
+    # q, k and v as they are sent, as they came, what was attended and what came back of it; alone, without sending;
+    exchanging = (8 if degrees.ulysses_degree > 1 else 4) * unit
+    # round a ring, q, k and v, a block that is attended and one that arrives, and three partial results in float32;
+    ringing = 7 * unit + 3 * single if degrees.ring_degree > 1 else 0
+    # and after it, what was attended beside the feed-forward, RMSNorm's copies in float32 or the cross-attention.
+    feed_forward = 3 * unit + 2 * tokens * dit.ffn_dim * element
+    crossing = 6 * unit + 3 * text_tokens * dit.dim * element
+    normalising = 2 * unit + 3 * single
+    found = {"activations": 2 * unit + max(rotating, exchanging, ringing, feed_forward, crossing, normalising)}
     branches = 2 if shape.guided and degrees.cfg_degree == 1 else 1
     if shape.step_cache:
         found["step_cache"] = (branches + 1) * unit
