@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ops import commands_operator, commands_service
+from ops import commands_bench, commands_operator, commands_service
 from ops.options import (
     DEFAULT_URL,
     CaFileOption,
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 topology_app = typer.Typer(help="Plan, apply or check what the broker needs.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")
+app.add_typer(commands_bench.app, name="bench")
 
 
 class SchemaName(StrEnum):
