@@ -177,6 +177,12 @@ class ParallelConfig(Section):
     ring_degree: int | None = Field(None, ge=1, le=64)
     vae: Literal["whole", "tiled"] = Field("whole", description="tiled: less memory, three times the work")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of the blocks; auto: on GPUs")
+    warm_up: (
+        Literal["auto"] | tuple[Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}x[1-9]\d{0,4}$")], ...]
+    ) = Field(
+        "auto",
+        description="shapes like 480x832x81 to run a step at before the first job; auto: the model's, if compiled",
+    )
 
     def pinned(self) -> PinnedDegrees:
         return PinnedDegrees(

@@ -36,9 +36,9 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
     if asked.switch_DiT_boundary is not None and profile.switch_boundary is None:
         raise _malformed(f"{profile.name} has no second expert to switch to", "parameters.switch_DiT_boundary")
     defaults = profile.defaults
-    height = _round_up(asked.height or defaults.height, profile.height_multiple)
-    width = _round_up(asked.width or defaults.width, profile.width_multiple)
-    num_frames = _round_up((asked.num_frames or defaults.num_frames) - 1, 4) + 1
+    height = round_up(asked.height or defaults.height, profile.height_multiple)
+    width = round_up(asked.width or defaults.width, profile.width_multiple)
+    num_frames = round_up((asked.num_frames or defaults.num_frames) - 1, 4) + 1
     steps = asked.num_inference_steps or defaults.num_inference_steps
     _at_most(height * width, limits.max_pixels_per_frame, "parameters.height", "pixels a frame")
     _at_most(num_frames, limits.max_num_frames, "parameters.num_frames", "frames")
@@ -144,5 +144,5 @@ def _malformed(message: str, path: str) -> PermanentJobError:
     return PermanentJobError(ErrorCode.MALFORMED_JOB, message, path=path)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

@@ -33,6 +33,7 @@ from daemon.signals import DRAIN_SIGNAL
 from daemon.stall import StallLimits, own_stacks
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
+from daemon.warm_up import warm_up
 from parallel.checksums import verify_checksums
 from parallel.engine import memory_bytes
 from parallel.loading import ReadError, Throttled
@@ -216,6 +217,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     health.publish = heartbeat
     models = _load(config, world, state, files, on_loaded=measurements.model_loaded)
     context = RankContext(world, models, state, config.limits.outcome_grace_seconds)
+    warm_up(config, context, compiles=_compiles(config, world))
     storage = Storage(config.output.directory)
     with contextlib.suppress(TransientJobError):  # then the first job says so
         storage.open()
