@@ -25,13 +25,19 @@ def check_consistency(
     """Raises InconsistentError that names rank, module, device and dtype, if anything is not where it must be.
 
     Offloaded modules are moved when they are called, so weights on the CPU are taken as they are; the meta device and
-    another GPU are not. Dtypes are checked of the conditions, not of the weights.
+    another GPU are not. Buffers may have a dtype of their own (tables and the like).
     """
     faults = [
         f"{type(module).__name__}.{name} is on {tensor.device}"
         for module in modules
         for name, tensor in _tensors(module)
         if tensor.device != device and tensor.device.type != "cpu"
+    ]
+    faults += [
+        f"{type(module).__name__}.{name} is {parameter.dtype}"
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype
     ]
     for name, value in conditions.items():
         if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The same cases as `reference.py` through reeld's own ranks: torchrun -m tests.distributed.ours CASES.json OUTPUT.
+"""The cases of `reference.py` through reeld's own ranks: tests.distributed.ours CASES.json OUTPUT [MEMORY [compile]].
 
 Runs each case with the first few (`splits`) of the splits that its number of heads allows on this many ranks, or with
 one that its `split` picks; an output's name is the case's, "|", and the split. `staged` are the plan's inputs.
@@ -18,12 +18,15 @@ from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan, Shutdown
 from parallel.profile import check_model_folder, load_profile
 from parallel.split import possible_degrees
+from parallel.strategy import MemorySettings
 from parallel.world import join, read_launch
 from tests.distributed.random_dit import random_dit
 
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
+    memory = MemorySettings(sys.argv[3] if len(sys.argv) > 3 else "resident")
+    compiled = "compile" in sys.argv[4:]
     world = join(read_launch(), device_kind="cpu")
     models: dict[tuple[str, str], LoadedModel] = {}
     frames = {}
@@ -34,7 +37,7 @@ def main() -> None:
         key = (case["model_folder"], case["dtype"])
         if key not in models:
             files = check_model_folder(load_profile(folder.name), folder)
-            models[key] = load_model(files, world=world, dtype=case["dtype"])
+            models[key] = load_model(files, world=world, dtype=case["dtype"], memory=memory, compile_blocks=compiled)
         model = models[key]
         own = model.pipeline.dit
         if case.get("dit"):
