@@ -13,7 +13,6 @@ from diffsynth.configs import MODEL_CONFIGS
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder, clip_xlm_roberta_vit_h_14
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
 from diffsynth.models.wav2vec import WanS2VAudioEncoder
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 DIT_SHAPE: dict[str, Any] = {
     "patch_size": [1, 2, 2],
@@ -108,6 +107,8 @@ class TinyWanS2VAudioEncoder(WanS2VAudioEncoder):  # type: ignore[misc]
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
+        from transformers import Wav2Vec2Config, Wav2Vec2ForCTC  # a second of imports, for this model alone
+
         self.model = Wav2Vec2ForCTC(
             Wav2Vec2Config(
                 hidden_size=AUDIO_DIM, intermediate_size=2 * AUDIO_DIM, num_hidden_layers=24, num_attention_heads=4,
