@@ -16,17 +16,11 @@ from tests.harness import fresh_vhost
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs a broker: those are the tests of `make test-brokers`. And what must run in one process.
-
-    `make test` runs two processes of pytest, because many tests wait for time-outs. A file's tests share workers and
-    stay together; those of the service share a machine with a real systemd.
-    """
-    tests = Path(__file__).parent
+    """Marks what needs a broker: those are the tests of `make test-brokers`."""
+    folder = Path(__file__).with_name("broker")
     for item in items:
-        if "broker" in getattr(item, "fixturenames", ()) or tests / "broker" in item.path.parents:
+        if "broker" in getattr(item, "fixturenames", ()) or folder in item.path.parents:
             item.add_marker("broker")
-        group = "service" if tests / "service" in item.path.parents else str(item.path.relative_to(tests))
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
