@@ -61,6 +61,7 @@ def main() -> int:
             raise fault
         gc.disable()  # millions of objects are made and none is garbage: a tenth of the imports' time
         from daemon.rank import run_rank
+
         gc.freeze()
         gc.enable()
 

@@ -349,8 +349,9 @@ def test_reply_to_gets_the_terminal_event(running: Running) -> None:
 
 
 def test_ten_jobs_in_a_row_keep_processes_and_memory(running: Running) -> None:
-    """Ten jobs later the processes are the same, and each rank's memory is what it was after the first of them."""
-    assert running.do(job())["type"] == "reeld.job.succeeded"
+    """Ten jobs later the processes are the same, and each rank's memory is what it was after the first few of them."""
+    for _ in range(3):  # what is loaded or cached at first use is no growth
+        assert running.do(job())["type"] == "reeld.job.succeeded"
     before = running.pids()
     resident = {rank: psutil.Process(pid).memory_info().rss for rank, pid in before.items()}
     for _ in range(10):
