@@ -9,7 +9,7 @@ from typing import Any
 
 import pika.exceptions
 
-from daemon.client import close, translated
+from daemon.client import close, count_messages, translated
 from daemon.config import BrokerConfig
 from daemon.connection import LOST, OverdueError, connect, redacted
 
@@ -77,23 +77,16 @@ def refusal_of_message(broker: BrokerConfig, size_bytes: int) -> str | None:
     return None
 
 
-def count_messages(broker: BrokerConfig, queues: list[str]) -> dict[str, int]:
+def count_in_each(broker: BrokerConfig, queues: list[str]) -> dict[str, int]:
     """How many messages wait in each queue that exists. Raises BrokerUnavailableError."""
-    counted: dict[str, int] = {}
     connection = connect(broker, name="reeld doctor")
     try:
-        for queue in queues:
-            channel = connection.channel()
-            try:
-                counted[queue] = channel.queue_declare(queue, passive=True).method.message_count
-                channel.close()
-            except pika.exceptions.ChannelClosedByBroker:
-                continue
+        counted = {queue: count_messages(connection, queue) for queue in queues}
     except LOST as error:
         raise translated(error, redacted(broker.resolved_url()), "the queues") from error
     finally:
         close(connection)
-    return counted
+    return {queue: count for queue, count in counted.items() if count is not None}
 
 
 def _text(value: object) -> str:

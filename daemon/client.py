@@ -116,14 +116,9 @@ class EventStream:
     def count(self, queue: str) -> int | None:
         """How many messages wait in a queue, asked over the same connection. None when there is no such queue."""
         try:
-            channel = self._connection.channel()
-            ready: int = channel.queue_declare(queue, passive=True).method.message_count
-            channel.close()
-        except pika.exceptions.ChannelClosedByBroker:
-            return None
+            return count_messages(self._connection, queue)
         except LOST as error:
             raise translated(error, self._address, f"queue {queue}") from error
-        return ready
 
     def close(self) -> None:
         close(self._connection)
@@ -241,6 +236,17 @@ def close(connection: BlockingConnection) -> None:
             connection.close()
     except LOST:
         pass  # it is gone: that is what was asked for
+
+
+def count_messages(connection: BlockingConnection, queue: str) -> int | None:
+    """How many messages wait in a queue; None when there is no such queue. Raises one of LOST."""
+    channel = connection.channel()
+    try:
+        ready: int = channel.queue_declare(queue, passive=True).method.message_count
+    except pika.exceptions.ChannelClosedByBroker:
+        return None
+    channel.close()
+    return ready
 
 
 def _with_connection(broker: BrokerConfig, name: str, work: Callable[[BlockingConnection], _T]) -> _T:

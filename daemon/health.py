@@ -24,6 +24,9 @@ log = structlog.get_logger("health")
 # up meanwhile must not look like a rank that fell silent.
 PULSE_BYTES = 4096
 
+# A rank's states before it can take part in a job.
+STARTING_STATES = ("starting", "joining", "loading")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:

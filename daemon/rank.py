@@ -50,7 +50,7 @@ log = structlog.get_logger("process")
 # the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _LOADING_LOG_SECONDS = 5.0
-_STATUS_CHARACTERS = 500  # of a pulse's 4096 bytes, three times
+_STATUS_CHARACTERS = 500  # of a pulse's 4096 bytes, twice
 
 
 def run_rank(config: Config) -> int:
@@ -213,7 +213,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         }
 
     publisher.start()
-    health.for_launcher = lambda: {"service": service(), "consumer": consumer.status[:_STATUS_CHARACTERS]}
+    health.for_launcher = lambda: {"service": service()}
     health.publish = heartbeat
     models = _load(config, world, state, files, on_loaded=measurements.model_loaded)
     context = RankContext(world, models, state, config.limits.outcome_grace_seconds)

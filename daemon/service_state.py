@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from daemon.health import STARTING_STATES
 from daemon.notify import Notifier
 from daemon.step_clock import StepClock
 
@@ -17,7 +18,6 @@ Record = Mapping[str, Any]
 _EXTENSION_SECONDS = 120
 _EXTEND_EVERY_SECONDS = 10.0
 _STATUS_EVERY_SECONDS = 1.0
-_NOT_READY_STATES = ("starting", "joining", "loading", "left")
 
 
 class ServiceState:
@@ -71,9 +71,15 @@ def is_ready(records: Mapping[int, Record], nproc: int) -> bool:
     """Whether every rank has loaded and rank 0 consumes."""
     return (
         len(records) == nproc
-        and all(record["state"] not in _NOT_READY_STATES for record in records.values())
-        and records[0].get("consumer") == "consuming"
+        and all(record["state"] not in (*STARTING_STATES, "left") for record in records.values())
+        and _consumer(records[0]) == "consuming"
     )
+
+
+def _consumer(rank0: Record) -> str | None:
+    """What rank 0's consumer says of itself; None before it has said anything."""
+    status: str | None = rank0.get("service", {}).get("consumer", {}).get("status")
+    return status
 
 
 class StatusText:
@@ -95,7 +101,7 @@ class StatusText:
         loading = [record for record in records.values() if record["state"] == "loading"]
         if loading:
             return _loading(loading)
-        consumer = str(rank0.get("consumer", "consuming"))
+        consumer = _consumer(rank0) or "consuming"
         ready = f"{names(records)} ready" if consumer != "stopped" else names(records)
         # With a job in hand it is consumed again only once that is settled, which is no news.
         waits = [] if consumer in ("consuming", "stopped") or consumer.startswith("connected") else [consumer]

@@ -11,6 +11,7 @@ from typing import Any
 
 from daemon.config import Config
 from daemon.group_watch import GroupWatch
+from daemon.health import STARTING_STATES
 from daemon.stall import Stall
 
 # A record older than this many heartbeats says nothing of now.
@@ -18,7 +19,6 @@ _HEARTBEATS_MISSED = 3
 _LEAST_SILENCE_SECONDS = 10.0
 # The watch looks every half second; it pauses while it ends a group, and then says so.
 _WATCH_SECONDS = 30.0
-_LOADING = ("starting", "joining", "loading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Vitals:
         reasons = [Reason("starting", "has said nothing yet", rank) for rank in unheard]
         for each in ranks:
             state = each.record["state"]
-            if state in _LOADING:
+            if state in STARTING_STATES:
                 reasons.append(Reason("loading", _loading(each.record), each.rank))
             elif state == "left":
                 reasons.append(Reason("left", "has left the group", each.rank))

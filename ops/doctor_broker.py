@@ -6,7 +6,7 @@ What AMQP cannot ask for (`consumer_timeout`) is said as such, with what would h
 
 from collections.abc import Iterator
 
-from daemon.broker_probe import BrokerFacts, broker_facts, count_messages, refusal_of_message
+from daemon.broker_probe import BrokerFacts, broker_facts, count_in_each, refusal_of_message
 from daemon.client import check_on
 from daemon.config import Config
 from daemon.errors import BrokerUnavailableError, CredentialsError, FatalError
@@ -119,7 +119,7 @@ def _consumer_timeout(config: Config) -> Finding:
 
 def _waiting(config: Config) -> Iterator[Finding]:
     topology = topology_of(config)
-    counted = count_messages(config.broker, [topology.jobs_queue, topology.dead_queue, topology.unrouted])
+    counted = count_in_each(config.broker, [topology.jobs_queue, topology.dead_queue, topology.unrouted])
     if not counted:
         return
     dead, unrouted = counted.get(topology.dead_queue, 0), counted.get(topology.unrouted, 0)

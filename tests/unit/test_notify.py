@@ -12,11 +12,11 @@ from daemon.notify import Notifier
 from daemon.service_state import ServiceState, StatusText, is_ready
 
 
-def _rank(rank: int = 0, **fields: Any) -> dict[str, Any]:
+def _rank(rank: int = 0, *, consumer: str = "consuming", **fields: Any) -> dict[str, Any]:
     """A record as rank 0 leaves it for the launcher when it waits for jobs."""
     return {
         "rank": rank, "state": "idle", "phase": None, "work": "", "job_id": None, "step": None, "steps": None,
-        "finishing": None, "consumer": "consuming", **fields,
+        "finishing": None, "service": {"consumer": {"status": consumer}}, **fields,
     }  # fmt: skip
 
 
