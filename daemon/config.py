@@ -237,6 +237,10 @@ class Config(BaseSettings):
     pool: Name | None = Field(None, description="what this daemon makes; by default the first model's profile")
     worker_id: Name = Field(default_factory=_worker_id)
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    rank_start_method: Literal["forkserver", "spawn"] = Field(
+        "forkserver",
+        description="forkserver: ranks are forked from one process that imported all; spawn: each imports",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     memory: Literal["resident", "encoder_offload", "fsdp", "vram_limit"] = Field(

@@ -17,6 +17,7 @@ class ExitStatus(IntEnum):
     USAGE = 2
     JOB_FAILED = 3
     GROUP_BROKEN = 70
+    CUDA_FORKED = 71
     UNAVAILABLE = 75
     NOPERM = 77
     CONFIG = 78

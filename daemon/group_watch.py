@@ -14,28 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import structlog
 
 from daemon.health import PULSE_BYTES, RecordAges, pulse_path
 from daemon.logs import STACKS_FILE
+from daemon.rank_processes import forget_ranks, kill_fork_server, kill_ranks, rank_processes
 from daemon.stacks import ask_stacks
 from daemon.stall import Stall, find_stall
 
 log = structlog.get_logger("launcher")
 
 _TICK_SECONDS = 0.5
-
-
-def rank_processes() -> dict[int, psutil.Process]:
-    """This process's children that are ranks, by rank."""
-    found: dict[int, psutil.Process] = {}
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            rank = child.environ().get("RANK")
-            if rank is not None and child.status() != psutil.STATUS_ZOMBIE:
-                found[int(rank)] = child
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +73,7 @@ class GroupWatch:
         self._first_death: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="group-watch", daemon=True)
+        forget_ranks(runtime, world_size)
         for rank in range(world_size):
             pulse_path(runtime, rank).write_bytes(b" " * PULSE_BYTES)
 
@@ -131,7 +121,7 @@ class GroupWatch:
                 return
             if self._outlived():
                 self._ended = True
-                log.error("survivors_killed", ranks=sorted(kill_ranks()), grace_seconds=self._grace)
+                log.error("survivors_killed", ranks=sorted(kill_ranks(self._runtime)), grace_seconds=self._grace)
                 return
             self._on_progress(self._records)
 
@@ -161,7 +151,7 @@ class GroupWatch:
 
     def _outlived(self) -> bool:
         """Whether ranks outlive, past the grace, one that ended without having left."""
-        alive = rank_processes()
+        alive = rank_processes(self._runtime)
         dead = [rank for rank, record in self._records.items() if rank not in alive and record["state"] != "left"]
         self._dead = dead
         if not dead or not alive:
@@ -173,19 +163,12 @@ class GroupWatch:
     def _end_stalled(self, stall: Stall) -> None:
         shown = {key: value for key, value in asdict(stall).items() if key != "rank"}
         log.error("stalled", stalled_rank=stall.rank, **shown)
-        processes = rank_processes()
+        processes = rank_processes(self._runtime)
         asked = {rank: (each, self._runtime / STACKS_FILE.format(rank=rank)) for rank, each in processes.items()}
         # A stopped one must run to answer.
         for rank, threads in sorted(ask_stacks(asked, wake=True).items()):
             record = {key: value for key, value in self._records.get(rank, {}).items() if key != "rank"}
             log.error("rank_stacks", of_rank=rank, of_pid=processes[rank].pid, threads=threads, record=record)
-        log.error("group_killed", ranks=sorted(kill_ranks()))
-
-
-def kill_ranks() -> list[int]:
-    """Ends every rank at once; SIGKILL, because a hung or stopped one heeds nothing else. Returns which."""
-    processes = rank_processes()
-    for process in processes.values():
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    return list(processes)
+        if stall.rank not in self._records:  # perhaps it was never forked
+            kill_fork_server(self._runtime)
+        log.error("group_killed", ranks=sorted(kill_ranks(self._runtime)))

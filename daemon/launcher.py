@@ -17,9 +17,12 @@ from pathlib import Path
 import structlog
 
 from daemon.config import Config
+from daemon.entry import main_in_group
 from daemon.errors import ConfigError, ExitStatus, FatalError
-from daemon.group_watch import GroupWatch, kill_ranks, rank_processes
+from daemon.fork_server import start_fork_server
+from daemon.group_watch import GroupWatch
 from daemon.logs import (
+    CONFIG_FILE,
     DRAIN_MARK,
     LOCK_VARIABLE,
     READY_MARK,
@@ -32,6 +35,7 @@ from daemon.logs import (
 from daemon.models import check_models
 from daemon.notify import Notifier
 from daemon.preflight import look_at_broker
+from daemon.rank_processes import LAUNCHER_VARIABLE, exit_statuses, kill_fork_server, kill_ranks, rank_processes
 from daemon.service_state import ServiceState
 from daemon.signals import DRAIN_SIGNAL
 from daemon.vitals import Vitals
@@ -72,10 +76,11 @@ def run(config: Config, config_path: Path | None) -> int:
         os.environ[LOCK_VARIABLE] = str(Path(runtime) / "log.lock")
         os.environ[RUNTIME_VARIABLE] = runtime
         os.environ["REELD_LOG_FORMAT_RESOLVED"] = format_
-        os.environ["REELD_LAUNCHER"] = str(os.getpid())
+        os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         if config_path is not None:
             os.environ["REELD_CONFIG"] = str(config_path.resolve())
+            (Path(runtime) / CONFIG_FILE).write_text(os.environ["REELD_CONFIG"])
         setup_logs(
             format_=format_,
             level=config.log.level,
@@ -118,6 +123,7 @@ class _Launcher:
     def __init__(self, config: Config, nproc: int, runtime: Path, service: ServiceState) -> None:
         self._config = config
         self._nproc = nproc
+        self._start_method = config.rank_start_method
         self._runtime = runtime
         self._service = service
         self._ready = runtime / READY_MARK
@@ -135,6 +141,8 @@ class _Launcher:
             with contextlib.ExitStack() as stack:
                 self._open_endpoint(stack)
                 self._service.progress()
+                if self._start_method == "forkserver":
+                    start_fork_server()
                 self._service.say("looking at the broker")
                 look_at_broker(self._config)
                 return self._run_groups()
@@ -147,6 +155,7 @@ class _Launcher:
             return int(ExitStatus.OK)
         finally:
             signal.alarm(0)
+            kill_fork_server(self._runtime)
 
     def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
         """Answers Prometheus and health checks until the stack is closed. Raises ConfigError when it cannot."""
@@ -174,6 +183,10 @@ class _Launcher:
             if status in (ExitStatus.OK, ExitStatus.CONFIG, ExitStatus.NOPERM):
                 log.info("stopped", exit_status=status)
                 return status
+            if status == ExitStatus.CUDA_FORKED and self._start_method == "forkserver":
+                log.warning("ranks_start_alone", reason="CUDA was used in the process that ranks are forked from")
+                self._start_method = "spawn"
+                continue
             if (self._runtime / DRAIN_MARK).exists():
                 # 0, or systemd would start again what somebody wanted out of service.
                 log.error(
@@ -202,7 +215,7 @@ class _Launcher:
 
         Returns the exit status of the rank that ended it, and how many jobs it finished with a video.
         """
-        from parallel.agent import run_ranks
+        from parallel.agent import RanksNotStartedError, run_ranks
 
         stall = self._config.stall
         with GroupWatch(
@@ -214,10 +227,24 @@ class _Launcher:
             on_progress=self._service.ranks,
         ) as watch:
             self._vitals.group_started(watch)
-            statuses = run_ranks("daemon", nproc_per_node=self._nproc, log_directory=self._runtime / "torchrun")
+            try:
+                statuses = run_ranks(
+                    main_in_group,
+                    nproc_per_node=self._nproc,
+                    start_method=self._start_method,
+                    log_directory=self._runtime / "torchrun",
+                )
+            except RanksNotStartedError as error:
+                log.error("ranks_not_started", reason=str(error))  # noqa: TRY400  the trace says nothing more
+                statuses = {0: int(ExitStatus.FAILED)}
         self._ended_by = watch.ended_by or "rank_failed"
         if not statuses:
             return int(ExitStatus.OK), watch.jobs_succeeded
+        statuses |= {
+            rank: status
+            for rank, status in exit_statuses(self._runtime, self._nproc).items()
+            if status != ExitStatus.OK
+        }
         log.error("ranks_failed", exit_statuses=statuses)
         # Rank 0 decides what a failure means; a peer that merely lost its rank 0 says nothing new.
         status = statuses.get(0) or next(iter(statuses.values())) or int(ExitStatus.FAILED)
@@ -240,14 +267,14 @@ class _Launcher:
             if not again:
                 raise _DrainedWhileStarting
             return
-        rank0 = rank_processes().get(0)
+        rank0 = rank_processes(self._runtime).get(0)
         log.info("signal", signal=signal.Signals(number).name, forwarded_to=rank0.pid if rank0 else None)
         if rank0 is not None:
             rank0.send_signal(DRAIN_SIGNAL)
 
     def _on_overdue(self, _number: int, _frame: object) -> None:
         self._overdue = True
-        log.error("drain_overdue", ranks_killed=kill_ranks())
+        log.error("drain_overdue", ranks_killed=kill_ranks(self._runtime))
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -29,6 +29,8 @@ from daemon.signals import STACKS_SIGNAL
 LOCK_VARIABLE = "REELD_LOG_LOCK"
 # Begins a line that a rank has formatted already; the launcher passes it on as it is. (RFC 7464's record separator.)
 _FORMATTED = b"\x1e"
+# Ends what a process captures of itself. (ASCII's end of transmission.)
+_END = b"\x04"
 RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
 # Rank 0 makes this file in the runtime directory once it takes DRAIN_SIGNAL for a wish to drain.
 READY_MARK = "ready"
@@ -37,6 +39,8 @@ DRAIN_MARK = "draining"
 # Where a rank writes the stacks of its threads on STACKS_SIGNAL.
 STACKS_FILE = "stacks-{rank}.txt"
 LAUNCHER_STACKS_FILE = "launcher-stacks.txt"
+# Names the launcher's configuration file, for whoever looks at the daemons of a box.
+CONFIG_FILE = "config-path"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -94,6 +98,8 @@ class _Capture:
             # Progress bars rewrite their line with a carriage return.
             *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
             for line in lines:
+                if line == _END:
+                    return
                 if line.startswith(_FORMATTED):
                     self._output.write_bytes(line[1:] + b"\n")
                 else:
@@ -109,9 +115,11 @@ class _Capture:
         """Gives the last lines the time to arrive."""
         sys.stdout.flush()
         sys.stderr.flush()
+        # A mark, because the pipe ends only once every child that inherited it has closed it too.
+        os.write(1, b"\n" + _END + b"\n")
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
-        os.dup2(null, 2)  # closes the pipe's last writers in this process
+        os.dup2(null, 2)
         self._thread.join(timeout=2)
 
 
@@ -218,8 +226,11 @@ def setup_logs(
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     # pika says at INFO what reeld says in its own words.
-    for noisy in ("pika", "urllib3", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy == "pika" else logging.WARNING)
+    # What torch says of ranks that failed, with its own traceback, the launcher says too.
+    for silent in ("pika", "torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api"):
+        logging.getLogger(silent).setLevel(logging.CRITICAL)
+    for noisy in ("urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     runtime = os.environ.get(RUNTIME_VARIABLE)
     if runtime and rank is not None:
         # The launcher turns this file into a log line when the rank died: a raw trace would not parse.

@@ -28,6 +28,7 @@ from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, finish_logs
 from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
+from daemon.rank_processes import LAUNCHER_VARIABLE
 from daemon.reporter import Reporter
 from daemon.signals import DRAIN_SIGNAL
 from daemon.stall import StallLimits, own_stacks
@@ -42,13 +43,10 @@ from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
 from parallel.profile import ModelFiles, ModelFolderError
 from parallel.strategy import MemorySettings
-from parallel.world import HealthBoard, Launch, World, join, read_launch
+from parallel.world import CudaForkedError, HealthBoard, Launch, World, join, read_launch
 
 log = structlog.get_logger("process")
 
-# Set by `reeld run`. Then DRAIN_SIGNAL means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
-# the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
-LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _LOADING_LOG_SECONDS = 5.0
 _STATUS_CHARACTERS = 500  # of a pulse's 4096 bytes, twice
 
@@ -64,6 +62,9 @@ def run_rank(config: Config) -> int:
         world = join(launch, device_kind=config.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except CudaForkedError as error:
+        log.warning("cuda_forked", reason=str(error))
+        return int(ExitStatus.CUDA_FORKED)
     log.info("joined", device=str(world.device))
     health.memory = lambda: memory_bytes(world.device)
     health.board = HealthBoard(launch)
@@ -272,6 +273,8 @@ def _on_signals(*, drain: Callable[[str], None], ready: Path | None = None) -> N
         # The launcher passes on what it was told, by a signal of its own.
         drain("SIGTERM" if number == DRAIN_SIGNAL else signal.Signals(number).name)
 
+    # Under the launcher DRAIN_SIGNAL means drain and SIGTERM means die now, because torchrun's agent sends SIGTERM to
+    # the ranks that are left when one has failed. Under a bare torchrun SIGTERM is all there is, and means drain.
     if os.environ.get(LAUNCHER_VARIABLE):
         signal.signal(DRAIN_SIGNAL, handler)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the launcher, which drains

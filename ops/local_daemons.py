@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 
 from daemon.health import pulse_path
-from daemon.logs import LAUNCHER_STACKS_FILE, RUNTIME_VARIABLE, STACKS_FILE
+from daemon.logs import CONFIG_FILE, LAUNCHER_STACKS_FILE, STACKS_FILE
+from daemon.rank_processes import rank_processes
 
 _UNIT = re.compile(r"/([^/]+\.service)")
 
@@ -59,41 +60,36 @@ class LocalDaemon:
 
 def find_daemons() -> tuple[list[LocalDaemon], int]:
     """Every daemon of this box, and how many processes of reeld may not be looked into."""
-    found: dict[int, LocalDaemon] = {}
+    found: list[LocalDaemon] = []
     hidden = 0
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
             if not _may_be_ours(words) or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            environment = process.environ()
-            if "RANK" in environment and RUNTIME_VARIABLE in environment:
-                launcher = psutil.Process(int(environment["REELD_LAUNCHER"]))
-                daemon = _of(found, launcher, environment[RUNTIME_VARIABLE])
-                daemon.ranks[int(environment["RANK"])] = process
-                daemon.config_path = daemon.config_path or environment.get("REELD_CONFIG")
-            elif "RANK" not in environment and (runtime := _runtime_of(process)) is not None:
-                _of(found, process, runtime)
+            runtime = _runtime_of(process)
+            if runtime is not None:
+                found.append(_daemon(process, runtime))
         except psutil.AccessDenied:
             hidden += 1
-        except (psutil.Error, KeyError, ValueError):
-            continue  # it ended meanwhile, or only looks like one of ours
-    return sorted(found.values(), key=lambda daemon: daemon.launcher.pid), hidden
+        except psutil.Error:
+            continue  # it ended meanwhile
+    return sorted(found, key=lambda daemon: daemon.launcher.pid), hidden
 
 
 def _may_be_ours(words: list[str]) -> bool:
-    """`python -m daemon` is a rank, `reeld run` and `python -m ops.cli run` are launchers."""
-    if words[1:] and words[-1] == "daemon" and "-m" in words:
-        return True
+    """`reeld run` and `python -m ops.cli run` are launchers."""
     return "run" in words and any(word == "ops.cli" or Path(word).name == "reeld" for word in words)
 
 
-def _of(found: dict[int, LocalDaemon], launcher: psutil.Process, runtime: str) -> LocalDaemon:
-    if launcher.pid not in found:
-        root = Path(f"/proc/{launcher.pid}/root")
-        there = root / runtime.lstrip("/")
-        found[launcher.pid] = LocalDaemon(launcher, there if there.exists() else Path(runtime), unit=_unit(launcher))
-    return found[launcher.pid]
+def _daemon(launcher: psutil.Process, runtime: str) -> LocalDaemon:
+    root = Path(f"/proc/{launcher.pid}/root")
+    there = root / runtime.lstrip("/")
+    folder = there if there.exists() else Path(runtime)
+    daemon = LocalDaemon(launcher, folder, unit=_unit(launcher), ranks=rank_processes(folder, launcher))
+    with contextlib.suppress(OSError):
+        daemon.config_path = (folder / CONFIG_FILE).read_text() or None
+    return daemon
 
 
 def _runtime_of(launcher: psutil.Process) -> str | None:

@@ -34,6 +34,10 @@ COALESCED_BYTES = 16 * 1024 * 1024
 _COMMAND, _JSON = 0, 1
 
 
+class CudaForkedError(RuntimeError):
+    """Raised in a process that was forked from one that had used CUDA: it cannot."""
+
+
 class OutcomesMissingError(Exception):
     """Raised when some rank did not report its outcome in time; `ranks` are those that did not."""
 
@@ -240,9 +244,14 @@ class HealthBoard:
 
 
 def pick_device(kind: str, local_rank: int) -> torch.device:
-    """The device of a local rank; `kind` is auto, cpu or cuda. Raises ValueError when there is no such GPU."""
+    """The device of a local rank; `kind` is auto, cpu or cuda.
+
+    Raises ValueError when there is no such GPU, CudaForkedError when this process may not use it.
+    """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if torch.cuda._is_in_bad_fork():
+        raise CudaForkedError("this rank was forked from a process that had used CUDA, which does not survive it")
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu")
@@ -252,7 +261,8 @@ def pick_device(kind: str, local_rank: int) -> torch.device:
 def join(launch: Launch, *, device_kind: str) -> World:
     """Called by every rank. Binds the device first, then joins the groups.
 
-    Raises ValueError when the device is not there, RuntimeError when the other ranks do not come.
+    Raises ValueError when the device is not there, CudaForkedError when this process may not use it, RuntimeError when
+    the other ranks do not come.
     """
     device = pick_device(device_kind, launch.local_rank)
     if device.type == "cuda":

@@ -24,7 +24,7 @@ def _cut_off(self: parallel.world.World, command: Command | None = None) -> Comm
 
 def main() -> int:
     parallel.world.World.broadcast_command = _cut_off  # type: ignore[method-assign]  # the cut itself
-    from daemon.__main__ import main as run_rank  # only now: it imports half of reeld
+    from daemon.entry import main as run_rank  # only now: it imports half of reeld
 
     return run_rank()
 

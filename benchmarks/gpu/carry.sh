@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 packages="diffsynth xfuser yunchang modelscope modelscope-hub cryptography cffi pycparser diffusers ftfy wcwidth
     structlog tenacity pika pydantic pydantic-core pydantic-settings python-dotenv typing-inspection
-    prometheus-client annotated-types"
+    prometheus-client annotated-types setproctitle"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -34,9 +34,8 @@ _FOR_EVER = 1_000_000
 class _Faults:
     """Counts the forwards of the current job, and acts before those that the file names."""
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._rank = rank
         self._attempt: Any = None
         self._counts: dict[str, int] = {}
         self._first: dict[str, Any] = {}
@@ -66,7 +65,7 @@ class _Faults:
             if (
                 fault.get("module", "DiTBlock") == name
                 and fault["job_id"] == job_id
-                and fault.get("rank") in (None, self._rank)
+                and fault.get("rank") in (None, _rank())
                 and (name != "DiTBlock" or fault.get("step", 0) == self._counts[name])
                 and self._left(fault)
             ):
@@ -75,13 +74,18 @@ class _Faults:
     def _left(self, fault: dict[str, Any]) -> bool:
         times = fault.get("times", 1)
         for number in range(_FOR_EVER if times is None else times):
-            mark = self._path.with_name(f"{fault['id']}-rank-{self._rank}-{number}.fired")
+            mark = self._path.with_name(f"{fault['id']}-rank-{_rank()}-{number}.fired")
             try:
                 mark.touch(exist_ok=False)
             except FileExistsError:
                 continue
             return True
         return False
+
+
+def _rank() -> int:
+    """Asked late: a rank is forked with the model's code imported, and told its rank then."""
+    return int(os.environ["RANK"])
 
 
 def _act(action: str) -> None:
@@ -125,5 +129,5 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "FAULTS_FILE" in os.environ and "RANK" in os.environ:
-    sys.meta_path.insert(0, _AfterImport(_Faults(Path(os.environ["FAULTS_FILE"]), int(os.environ["RANK"]))))
+if "FAULTS_FILE" in os.environ:
+    sys.meta_path.insert(0, _AfterImport(_Faults(Path(os.environ["FAULTS_FILE"]))))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from ops.local_daemons import find_daemons
 from tests.harness import Worker, write_config
 from tests.history import LOGS
 
@@ -53,13 +54,12 @@ class Daemon:
 
     def rank(self, rank: int) -> psutil.Process | None:
         """The process of a rank; None when there is none just now."""
-        if self._worker is None:
+        if self._worker is None or self._worker.process.poll() is not None:
             return None
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self._worker.process.pid).children():
-                with contextlib.suppress(psutil.Error):
-                    if child.environ().get("RANK") == str(rank):
-                        return child
+            for daemon in find_daemons()[0]:
+                if daemon.launcher.pid == self._worker.process.pid:
+                    return daemon.ranks.get(rank)
         return None
 
     def stop(self, *, timeout_seconds: float) -> int | None:

@@ -1,0 +1,135 @@
+"""A group's processes, known by what each writes of itself into the launcher's runtime folder.
+
+A forked rank has the environment and the command line of the process that it was forked from, so neither tells ranks
+apart. Owns these files, finding the processes, and that none outlives the one it came from. Leaves out starting them
+(`daemon.fork_server`, `parallel.agent`).
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+import psutil
+from setproctitle import setproctitle
+
+from daemon.logs import RUNTIME_VARIABLE
+
+# The launcher's process id, for its ranks. Without it they were started by a bare torchrun.
+LAUNCHER_VARIABLE = "REELD_LAUNCHER"
+_FORK_SERVER = "fork-server"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Has the kernel end this process when the one that started it is gone: nobody else would, and ranks hold GPUs.
+
+    A rank's parent is the fork server, the launcher or torchrun; the fork server's is the launcher.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or not _is_expected(parent):  # it died before the call
+        os._exit(1)
+
+
+def _is_expected(parent: int) -> bool:
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None:
+        return parent != 1
+    if parent == int(launcher):
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        return parent == int(_pid_path(Path(os.environ[RUNTIME_VARIABLE]), _FORK_SERVER).read_text())
+    return False
+
+
+def announce(runtime: Path, rank: int, world_size: int) -> None:
+    """Says which process is this rank. Call it in the rank, first."""
+    setproctitle(f"reeld: rank {rank} of {world_size}")
+    _write_pid(runtime, _rank_name(rank))
+
+
+def announce_fork_server(runtime: Path) -> None:
+    """Says which process the ranks are forked from. Call it there."""
+    setproctitle("reeld: fork server")
+    _write_pid(runtime, _FORK_SERVER)
+
+
+def announce_exit(runtime: Path, rank: int, status: int) -> None:
+    """Says how this rank ends: torchrun's agent reports the first that fails, which need not be to blame."""
+    _status_path(runtime, rank).write_text(str(status))
+
+
+def exit_statuses(runtime: Path, world_size: int) -> dict[int, int]:
+    """What the ranks of the last group said of their ends, by rank; one that was killed said nothing."""
+    found: dict[int, int] = {}
+    for rank in range(world_size):
+        with contextlib.suppress(OSError, ValueError):
+            found[rank] = int(_status_path(runtime, rank).read_text())
+    return found
+
+
+def forget_ranks(runtime: Path, world_size: int) -> None:
+    """Clears the way for the next group."""
+    for rank in range(world_size):
+        _pid_path(runtime, _rank_name(rank)).unlink(missing_ok=True)
+        _status_path(runtime, rank).unlink(missing_ok=True)
+
+
+def rank_processes(runtime: Path, launcher: psutil.Process | None = None) -> dict[int, psutil.Process]:
+    """The living ranks of a launcher (by default this process), by rank."""
+    launcher = launcher or psutil.Process()
+    found: dict[int, psutil.Process] = {}
+    for path in runtime.glob(f"{_rank_name('*')}.pid"):
+        process = _living(path, launcher)
+        if process is not None:
+            found[int(path.stem.rpartition("-")[2])] = process
+    return found
+
+
+def kill_ranks(runtime: Path) -> list[int]:
+    """Ends every rank at once; SIGKILL, because a hung or stopped one heeds nothing else. Returns which."""
+    processes = rank_processes(runtime)
+    for process in processes.values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return list(processes)
+
+
+def kill_fork_server(runtime: Path) -> None:
+    """Ends it, and with it any rank that is left. The next rank gets a new one."""
+    process = _living(_pid_path(runtime, _FORK_SERVER), psutil.Process())
+    if process is not None:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _living(path: Path, launcher: psutil.Process) -> psutil.Process | None:
+    """The process that a file names; None when it has ended, even if its number is another's by now."""
+    try:
+        process = psutil.Process(int(path.read_text()))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process if launcher in process.parents() else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def _write_pid(runtime: Path, name: str) -> None:
+    path = _pid_path(runtime, name)
+    part = path.with_suffix(".part")
+    part.write_text(str(os.getpid()))
+    part.replace(path)
+
+
+def _rank_name(rank: object) -> str:
+    return f"rank-{rank}"
+
+
+def _pid_path(runtime: Path, name: str) -> Path:
+    return runtime / f"{name}.pid"
+
+
+def _status_path(runtime: Path, rank: int) -> Path:
+    return runtime / f"{_rank_name(rank)}.status"
