@@ -23,6 +23,9 @@ os.makedirs(runtime)
 faulthandler.register(signal.SIGRTMIN + 1, open(runtime + "/launcher-stacks.txt", "w"))
 rank = '''
 import ctypes, faulthandler, os, signal
+from pathlib import Path
+from daemon.rank_processes import announce
+announce(Path(os.environ["REELD_RUNTIME_DIRECTORY"]), 0, 1)
 faulthandler.register(signal.SIGRTMIN + 1, open(os.environ["REELD_RUNTIME_DIRECTORY"] + "/stacks-0.txt", "w"))
 def hang_with_the_gil():
     while True:
@@ -30,10 +33,9 @@ def hang_with_the_gil():
 print("ready", flush=True)
 hang_with_the_gil()
 '''
-own = {"RANK": "0", "REELD_LAUNCHER": str(os.getpid()), "REELD_RUNTIME_DIRECTORY": runtime}
-own["REELD_CONFIG"] = "/x/fox.toml"
+open(runtime + "/config-path", "w").write("/x/fox.toml")
 def wait_for_the_rank():
-    subprocess.run([sys.executable, "-c", rank, "-m", "daemon"], env={**os.environ, **own})
+    subprocess.run([sys.executable, "-c", rank], env={**os.environ, "REELD_RUNTIME_DIRECTORY": runtime})
     while True:
         signal.pause()
 wait_for_the_rank()
