@@ -25,6 +25,7 @@ from daemon.stall import Stall, find_stall
 log = structlog.get_logger("launcher")
 
 _TICK_SECONDS = 0.5
+_SEEN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,14 @@ class GroupWatch:
             )
 
     def _run(self) -> None:
+        self._watch()
+        # The group was ended, which torchrun's agent sees at once; unless the fork server, which has to tell it, hangs.
+        if not self._stop.wait(_SEEN_SECONDS):
+            log.error("fork_server_killed", reason="the end of the ranks was not seen", after_seconds=_SEEN_SECONDS)
+            kill_fork_server(self._runtime)
+
+    def _watch(self) -> None:
+        """Until the group ends, or has been ended here."""
         while not self._stop.wait(_TICK_SECONDS):
             self._read_all()
             stall = self._find_stall()
@@ -169,6 +178,4 @@ class GroupWatch:
         for rank, threads in sorted(ask_stacks(asked, wake=True).items()):
             record = {key: value for key, value in self._records.get(rank, {}).items() if key != "rank"}
             log.error("rank_stacks", of_rank=rank, of_pid=processes[rank].pid, threads=threads, record=record)
-        if stall.rank not in self._records:  # perhaps it was never forked
-            kill_fork_server(self._runtime)
         log.error("group_killed", ranks=sorted(kill_ranks(self._runtime)))
