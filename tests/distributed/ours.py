@@ -31,7 +31,7 @@ def main() -> None:
     models: dict[tuple[str, str], LoadedModel] = {}
     frames = {}
     for case in cases:
-        if world.world_size > case.get("max_ranks", world.world_size):
+        if world.world_size not in case.get("ranks", [world.world_size]):
             continue
         folder = Path(case["model_folder"])
         key = (case["model_folder"], case["dtype"])

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,34 +128,33 @@ def test_row_25_sigterm_while_starting(vhost: str, models: Path, tmp_path: Path,
         worker.end()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: Path, ranks: int) -> None:
-    """`torchrun --nproc-per-node N -m daemon` serves jobs, and drains on SIGTERM, without the launcher."""
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1)])
+def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: Path, nodes: int, ranks: int) -> None:
+    """`torchrun --nnodes M --nproc-per-node N -m daemon` on each of M nodes serves jobs, and drains on SIGTERM."""
     config = write_config(tmp_path, models, nproc=1)
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    command = [
-        torchrun,
-        "--nproc-per-node",
-        str(ranks),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-    ]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [torchrun, "--nnodes", str(nodes), "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "-m", "daemon"]
     ear = Ear(vhost)
-    worker = Worker(config, vhost, tmp_path, command=[*command, "-m", "daemon"])
+    workers = [Worker(config, vhost, tmp_path, command=command) for _ in range(nodes)]
     try:
-        ear.wait(idle, worker=worker)
+        ear.wait(idle, worker=workers[0])
         message = job()
         publish(vhost, message)
-        seen = ear.terminal(message["job_id"], worker=worker)
+        seen = ear.terminal(message["job_id"], worker=workers[0])
         assert seen.name == "succeeded"
-        assert len(ear.all(name="heartbeat")[-1].data["ranks"]) == ranks
-        worker.drain()
-        ours = [json.loads(line) for line in worker.lines() if line.startswith("{")]
-        assert [line for line in ours if line["event"] == "left" and line["rank"] == 0], "rank 0 left in order"
+        assert len(ear.all(name="heartbeat")[-1].data["ranks"]) == nodes * ranks
+        for worker in workers:
+            worker.process.send_signal(signal.SIGTERM)
+        for worker in workers:
+            worker.process.wait(60)
+        ours = [json.loads(line) for worker in workers for line in worker.lines() if line.startswith("{")]
+        assert {line["rank"] for line in ours if line["event"] == "left"} == set(range(nodes * ranks))
     finally:
-        worker.end()
+        for worker in workers:
+            worker.end()
         ear.close()
 
 
