@@ -97,9 +97,14 @@ def kill_ranks(runtime: Path) -> list[int]:
     return list(processes)
 
 
+def fork_server_process(runtime: Path, launcher: psutil.Process | None = None) -> psutil.Process | None:
+    """The process that a launcher's ranks (by default this process's) are forked from; None when there is none now."""
+    return _living(_pid_path(runtime, _FORK_SERVER), launcher or psutil.Process())
+
+
 def kill_fork_server(runtime: Path) -> None:
     """Ends it, and with it any rank that is left. The next rank gets a new one."""
-    process = _living(_pid_path(runtime, _FORK_SERVER), psutil.Process())
+    process = fork_server_process(runtime)
     if process is not None:
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from daemon.rank_processes import fork_server_process
 from ops.local_daemons import LocalDaemon, find_daemons
 from tests.harness import Ear, Worker, idle, job, publish, write_config
 
@@ -27,12 +28,14 @@ def daemon_of(worker: Worker) -> LocalDaemon:
 
 def fork_server_of(worker: Worker) -> psutil.Process:
     """Waits until it has said which process it is; nothing tells when."""
-    path = daemon_of(worker).runtime / "fork-server.pid"
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while True:
+        daemon = daemon_of(worker)
+        process = fork_server_process(daemon.runtime, daemon.launcher)
+        if process is not None:
+            return process
         assert time.monotonic() < deadline, worker.tail()
         time.sleep(0.05)
-    return psutil.Process(int(path.read_text()))
 
 
 def succeeds(url: str, ear: Ear, worker: Worker) -> None:

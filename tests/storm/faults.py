@@ -100,6 +100,8 @@ class Faults:
                 return _killed(daemon.rank(0))
             case "peer killed":
                 return _killed(daemon.rank(daemon.ranks - 1))
+            case "fork server killed":
+                return _killed(daemon.fork_server())
             case "launcher killed":
                 return daemon.worker_id if daemon.signal_launcher(signal.SIGKILL) else ""
             case "drained":

@@ -3,7 +3,6 @@
 Owns their configurations and processes. Leaves out what is done to them (`tests.storm.faults`).
 """
 
-import contextlib
 import shutil
 import signal
 import time
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from ops.local_daemons import find_daemons
+from daemon.rank_processes import fork_server_process
+from ops.local_daemons import LocalDaemon, find_daemons
 from tests.harness import Worker, write_config
 from tests.history import LOGS
 
@@ -54,13 +54,18 @@ class Daemon:
 
     def rank(self, rank: int) -> psutil.Process | None:
         """The process of a rank; None when there is none just now."""
+        daemon = self._found()
+        return None if daemon is None else daemon.ranks.get(rank)
+
+    def fork_server(self) -> psutil.Process | None:
+        """The process that its ranks are forked from; None when there is none just now."""
+        daemon = self._found()
+        return None if daemon is None else fork_server_process(daemon.runtime, daemon.launcher)
+
+    def _found(self) -> LocalDaemon | None:
         if self._worker is None or self._worker.process.poll() is not None:
             return None
-        with contextlib.suppress(psutil.Error):
-            for daemon in find_daemons()[0]:
-                if daemon.launcher.pid == self._worker.process.pid:
-                    return daemon.ranks.get(rank)
-        return None
+        return next((each for each in find_daemons()[0] if each.launcher.pid == self._worker.process.pid), None)
 
     def stop(self, *, timeout_seconds: float) -> int | None:
         """Drains it for good. Its exit status; None when it was not running."""

@@ -3,8 +3,8 @@
 Owns the kinds, their weights, and drawing them; the same seed and sizes give the same schedule. Which job a fault
 meets still depends on the machine's pace: faults come after so many jobs have ended. Leaves out doing any of it.
 
-Weights: a fault of the network or of the broker costs a few seconds, a lost process 10 to 20 CPU seconds of imports a
-rank; so processes die in about one fault of eight.
+Weights: most faults cost a few seconds. A lost launcher or fork server costs ten CPU seconds of imports, so one fault
+in twenty meets them.
 """
 
 import json
@@ -50,8 +50,9 @@ FAULT_KINDS: dict[str, tuple[int, float, float]] = {
     "peer stopped for a while": (4, 1, 8),
     "rank 0 stopped for good": (1, 0, 0),
     "peer stopped for good": (1, 0, 0),
-    "rank 0 killed": (7, 0, 0),
-    "peer killed": (7, 0, 0),
+    "rank 0 killed": (14, 0, 0),
+    "peer killed": (14, 0, 0),
+    "fork server killed": (3, 0, 0),
     "launcher killed": (4, 0, 0),
     "drained": (5, 0, 0),
     "drained twice": (2, 0, 0.5),
