@@ -10,7 +10,7 @@ import pytest
 
 from tests.storm.run import Storm
 
-# Drawn with it, among others: rank 0 killed, the broker killed, a drain, alarms, a black hole, stopped processes.
+# Drawn with it, among others: rank 0, a peer, the launcher and the broker killed, an alarm, stopped processes, a drip.
 SEED = int(os.environ.get("STORM_SEED", "20"))
 
 
