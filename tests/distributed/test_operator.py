@@ -168,7 +168,7 @@ def test_drain_says_who_does_not_listen(running: Running) -> None:
 def test_drain_finishes_the_job_and_stops_the_worker(running: Running) -> None:
     """The worker answers with its job, finishes it, says that it stopped, and ends with 0. Asked twice, it does not
     hand the job back. The last test: the worker is gone afterwards."""
-    message = job(parameters={**LONG, "num_inference_steps": 200})
+    message = job(parameters={**LONG, "num_inference_steps": 100})
     publish(running.url, message)
     running.ear.wait(
         lambda seen: seen.routing_key == f"job.{message['job_id']}.progress" and seen.data["phase"] == "denoise",
