@@ -27,4 +27,5 @@ def test_a_short_storm_loses_nothing(models: Path, tmp_path: Path) -> None:
     assert storm.observed.unnoticed == []
     assert storm.observed.met.total() >= 15, "most faults met something"
     assert verdict.counts["redeliveries"] > 0
-    gc.collect()  # pika leaves it the sockets of connections that broke while they were opened: here, not in another test
+    # pika leaves it the sockets of connections that broke while they were opened: here, not in another test.
+    gc.collect()
