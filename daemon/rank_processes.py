@@ -19,6 +19,7 @@ from daemon.logs import RUNTIME_VARIABLE
 # The launcher's process id, for its ranks. Without it they were started by a bare torchrun.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _FORK_SERVER = "fork-server"
+_FILE_BYTES = 16
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -47,18 +48,18 @@ def _is_expected(parent: int) -> bool:
 def announce(runtime: Path, rank: int, world_size: int) -> None:
     """Says which process is this rank. Call it in the rank, first."""
     setproctitle(f"reeld: rank {rank} of {world_size}")
-    _write_pid(runtime, _rank_name(rank))
+    _put(_pid_path(runtime, _rank_name(rank)), str(os.getpid()))
 
 
 def announce_fork_server(runtime: Path) -> None:
     """Says which process the ranks are forked from. Call it there."""
     setproctitle("reeld: fork server")
-    _write_pid(runtime, _FORK_SERVER)
+    _put(_pid_path(runtime, _FORK_SERVER), str(os.getpid()))
 
 
 def announce_exit(runtime: Path, rank: int, status: int) -> None:
     """Says how this rank ends: torchrun's agent reports the first that fails, which need not be to blame."""
-    _status_path(runtime, rank).write_text(str(status))
+    _put(_status_path(runtime, rank), str(status))
 
 
 def exit_statuses(runtime: Path, world_size: int) -> dict[int, int]:
@@ -71,10 +72,10 @@ def exit_statuses(runtime: Path, world_size: int) -> dict[int, int]:
 
 
 def forget_ranks(runtime: Path, world_size: int) -> None:
-    """Clears the way for the next group."""
+    """Clears the way for the next group. Call it in the launcher."""
     for rank in range(world_size):
-        _pid_path(runtime, _rank_name(rank)).unlink(missing_ok=True)
-        _status_path(runtime, rank).unlink(missing_ok=True)
+        _put(_pid_path(runtime, _rank_name(rank)))
+        _put(_status_path(runtime, rank))
 
 
 def rank_processes(runtime: Path, launcher: psutil.Process | None = None) -> dict[int, psutil.Process]:
@@ -121,11 +122,13 @@ def _living(path: Path, launcher: psutil.Process) -> psutil.Process | None:
         return None
 
 
-def _write_pid(runtime: Path, name: str) -> None:
-    path = _pid_path(runtime, name)
-    part = path.with_suffix(".part")
-    part.write_text(str(os.getpid()))
-    part.replace(path)
+def _put(path: Path, text: str = "") -> None:
+    """Over what is there, so that a disk that filled up meanwhile does not look like a rank that is gone."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, text.encode().ljust(_FILE_BYTES))
+    finally:
+        os.close(descriptor)
 
 
 def _rank_name(rank: object) -> str:
