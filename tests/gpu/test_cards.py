@@ -54,6 +54,11 @@ def _utilisation() -> list[int]:
     return [int(line) for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()]
 
 
+def test_ranks_are_forked(running: _Running) -> None:
+    """What ranks are forked from has not used CUDA, or they would have started anew, each on its own."""
+    assert not [line for line in running.worker.logs() if line["event"] in ("cuda_forked", "ranks_start_alone")]
+
+
 def test_idle_cards_do_not_spin(running: _Running, cards: int) -> None:
     """Between jobs no card works, though every rank waits for a command; after more than a minute the next is done."""
     assert running.do(job()).name == "succeeded"
