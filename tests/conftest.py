@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()) or folder in item.path.parents:
             item.add_marker("broker")
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist is not everywhere
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What must run in one of the two processes of `make test`.
+
+    A file's tests share workers; those of the service share a machine with a real systemd. (xdist's own `loadgroup`
+    does nothing with pytest 9.2, which keeps no `_nodeid`.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/service" if file.startswith("tests/service/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
