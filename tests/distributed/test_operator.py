@@ -137,7 +137,7 @@ def test_stacks_of_a_rank_that_hangs_in_c_with_the_gil_held(running: Running) ->
     """Every rank and the launcher answer, by the name of the configuration, and the work goes on: the hang itself ends
     with the signal, and the job succeeds."""
     message = job()
-    running.faults.tell(message, "hang_in_c", rank=1, step=1)
+    running.faults.tell(message, "sleep_in_c", rank=1, step=1)
     publish(running.url, message)
     deadline = time.monotonic() + 60
     while not list(running.folder.glob("*-rank-1-*.fired")):

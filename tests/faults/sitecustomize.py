@@ -12,6 +12,7 @@ every rank. `times` null: always; else as often, over all restarts: each time le
     die        SIGKILL to this process                 raise      RuntimeError
     hang       sleeps for ever, in Python              oom        torch.OutOfMemoryError
     hang_in_c  waits for ever in C, holding the GIL    stop       SIGSTOP to this process
+    sleep_in_c  as hang_in_c, but the first signal ends it
 """
 
 import ctypes
@@ -102,6 +103,8 @@ def _act(action: str) -> None:
             mutex = ctypes.create_string_buffer(64)  # a pthread_mutex_t; a sleep would end with the first signal
             for _ in range(2):
                 ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        case "sleep_in_c":
+            ctypes.PyDLL(None).sleep(_FOR_EVER)
         case "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (told by a test)")
         case "raise":
