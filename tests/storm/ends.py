@@ -125,6 +125,7 @@ class Publisher:
         self._wake = threading.Event()
         self._stop = False
         self._kinds = {job.job_id: job.kind for job in jobs}
+        self._connection: pika.BlockingConnection | None = None
         self._channel: Any = None
         self._enough = False
         self._up_to = len(jobs)
@@ -184,6 +185,7 @@ class Publisher:
         self.done.set()
         while not self._stop:
             self._serve_cancels()
+        self._disconnect()
 
     def _serve_cancels(self) -> None:
         self._wake.wait(0.5)
@@ -226,14 +228,21 @@ class Publisher:
             if self._channel is None:
                 parameters = pika.URLParameters(self._url)
                 parameters.blocked_connection_timeout = 60
-                self._channel = pika.BlockingConnection(parameters).channel()
+                self._connection = pika.BlockingConnection(parameters)
+                self._channel = self._connection.channel()
                 self._channel.confirm_delivery()
             self._channel.basic_publish(exchange, key, body, properties, mandatory=mandatory)
         except _LOST:
-            self._channel = None
+            self._disconnect()
             time.sleep(0.3)  # a broker that is down has no event to wait for
             return False
         return True
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(*_LOST):
+                self._connection.close()
+        self._connection = self._channel = None
 
 
 def _odd_properties(message_id: str | None) -> pika.BasicProperties:
