@@ -2,6 +2,7 @@
 
 BIN := .venv/bin
 ARGS ?=
+RANKS ?= 2,1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading \
@@ -26,7 +27,7 @@ test-brokers: install ## the tests that need a broker, on RabbitMQ 3.10, 4.0 and
 
 storm: install ## JOBS=1000 jobs under FAULTS faults (one for five jobs), by SEED, on RANKS=2,1; then the checker
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm --jobs $(or $(JOBS),1000) \
-		$(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED)) --ranks $(or $(RANKS),2,1) $(ARGS)
+		$(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED)) --ranks $(RANKS) $(ARGS)
 
 soak: install ## jobs without a pause for MINUTES=15, and whether memory, threads, descriptors or queues grow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.soak --minutes $(or $(MINUTES),15) $(ARGS)
