@@ -20,7 +20,7 @@ demo: ## install, then two videos and a dead letter on a private broker (REELD_A
 	@$(BIN)/reeld demo $(ARGS)
 
 test: install ## install, then every test, with a real broker and real ranks (ARGS: pytest's arguments)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
 test-brokers: install ## the tests that need a broker, on RabbitMQ 3.10, 4.0 and 4.3 (the newer ones in roots of their own)
 	$(BIN)/python -m tests.brokers $(ARGS)

@@ -107,8 +107,7 @@ def _run(name: str, arguments: list[str]) -> tuple[str, int]:
     version = _version(environment)
     print(f"\n=== RabbitMQ {version} ({name}) ===", flush=True)
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder"]
-        command += ["-m", "broker", f"--junitxml={report.name}", *arguments]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "broker", f"--junitxml={report.name}", *arguments]
         status = subprocess.run(command, env=environment, check=False).returncode
         suite = next(ElementTree.parse(report.name).getroot().iter("testsuite"))
     counted = ", ".join(f"{suite.get(key)} {key}" for key in ("tests", "failures", "errors", "skipped"))

@@ -3,8 +3,10 @@
 A machine without RabbitMQ fails these tests. It never skips them.
 """
 
+import gc
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # the order of the files puts the long ones first
+
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # untyped
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             return "tests/service" if file.startswith("tests/service/") else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture
+def pikas_sockets() -> Iterator[None]:
+    """pika leaves the sockets of connections that broke to the garbage collector: here, not in another test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

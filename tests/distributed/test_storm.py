@@ -3,10 +3,7 @@
 `make storm` runs longer ones, on two daemons.
 """
 
-import gc
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +14,7 @@ from tests.storm.run import Storm
 SEED = int(os.environ.get("STORM_SEED", "20"))
 
 
-@pytest.fixture(autouse=True)
-def _sockets_of_broken_connections() -> Iterator[None]:
-    """pika leaves the sockets of connections that broke to the garbage collector: here, not in another test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
-
-
+@pytest.mark.usefixtures("pikas_sockets")
 @pytest.mark.timeout(1500)
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_a_short_storm_loses_nothing(models: Path, tmp_path: Path) -> None:

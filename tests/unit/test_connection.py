@@ -1,11 +1,9 @@
 """What reeld adds to pika's connection, against a peer that says exactly what it is told: nothing, or half a login."""
 
-import gc
 import socket
 import struct
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,14 +16,7 @@ from daemon.config import BrokerConfig
 from daemon.connection import backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError
 
-
-@pytest.fixture(autouse=True)
-def _sockets_of_failed_logins() -> Iterator[None]:
-    """pika leaves the sockets of a login that failed to the garbage collector: here, not in another test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+pytestmark = pytest.mark.usefixtures("pikas_sockets")
 
 
 def _method(class_id: int, method_id: int, arguments: bytes) -> bytes:
