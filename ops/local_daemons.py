@@ -77,6 +77,13 @@ def find_daemons() -> tuple[list[LocalDaemon], int]:
     return sorted(found, key=lambda daemon: daemon.launcher.pid), hidden
 
 
+def find_daemon(launcher_pid: int) -> LocalDaemon | None:
+    """The daemon of a launcher; None when that process is none. Raises psutil.AccessDenied, psutil.NoSuchProcess."""
+    launcher = psutil.Process(launcher_pid)
+    runtime = _runtime_of(launcher)
+    return None if runtime is None else _daemon(launcher, runtime)
+
+
 def _may_be_ours(words: list[str]) -> bool:
     """`reeld run` and `python -m ops.cli run` are launchers."""
     return "run" in words and any(word == "ops.cli" or Path(word).name == "reeld" for word in words)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from daemon.rank_processes import fork_server_process
-from ops.local_daemons import LocalDaemon, find_daemons
+from ops.local_daemons import LocalDaemon, find_daemon
 from tests.harness import Ear, Worker, idle, job, publish, write_config
 
 
@@ -22,12 +22,13 @@ def ear(vhost: str) -> Iterator[Ear]:
 
 
 def daemon_of(worker: Worker) -> LocalDaemon:
-    (found,) = (daemon for daemon in find_daemons()[0] if daemon.launcher.pid == worker.process.pid)
+    found = find_daemon(worker.process.pid)
+    assert found is not None
     return found
 
 
 def fork_server_of(worker: Worker) -> psutil.Process:
-    """Waits until it has said which process it is; nothing tells when."""
+    """Waits until it has said which process it is."""
     deadline = time.monotonic() + 60
     while True:
         daemon = daemon_of(worker)
@@ -35,7 +36,7 @@ def fork_server_of(worker: Worker) -> psutil.Process:
         if process is not None:
             return process
         assert time.monotonic() < deadline, worker.tail()
-        time.sleep(0.05)
+        time.sleep(0.05)  # its file offers no event to wait for
 
 
 def succeeds(url: str, ear: Ear, worker: Worker) -> None:

@@ -3,6 +3,7 @@
 Owns their configurations and processes. Leaves out what is done to them (`tests.storm.faults`).
 """
 
+import contextlib
 import shutil
 import signal
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from daemon.rank_processes import fork_server_process
-from ops.local_daemons import LocalDaemon, find_daemons
+from ops.local_daemons import LocalDaemon, find_daemon
 from tests.harness import Worker, write_config
 from tests.history import LOGS
 
@@ -65,7 +66,9 @@ class Daemon:
     def _found(self) -> LocalDaemon | None:
         if self._worker is None or self._worker.process.poll() is not None:
             return None
-        return next((each for each in find_daemons()[0] if each.launcher.pid == self._worker.process.pid), None)
+        with contextlib.suppress(psutil.Error):
+            return find_daemon(self._worker.process.pid)
+        return None
 
     def stop(self, *, timeout_seconds: float) -> int | None:
         """Drains it for good. Its exit status; None when it was not running."""
