@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from daemon.config import Config
-from daemon.entry import main_in_group
+from daemon.entry import CONFIG_VARIABLE, main_in_group
 from daemon.errors import ConfigError, ExitStatus, FatalError
 from daemon.fork_server import start_fork_server
 from daemon.group_watch import GroupWatch
@@ -79,8 +79,8 @@ def run(config: Config, config_path: Path | None) -> int:
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         if config_path is not None:
-            os.environ["REELD_CONFIG"] = str(config_path.resolve())
-            (Path(runtime) / CONFIG_FILE).write_text(os.environ["REELD_CONFIG"])
+            os.environ[CONFIG_VARIABLE] = str(config_path.resolve())
+            (Path(runtime) / CONFIG_FILE).write_text(os.environ[CONFIG_VARIABLE])
         setup_logs(
             format_=format_,
             level=config.log.level,
@@ -186,6 +186,7 @@ class _Launcher:
             if status == ExitStatus.CUDA_FORKED and self._start_method == "forkserver":
                 log.warning("ranks_start_alone", reason="CUDA was used in the process that ranks are forked from")
                 self._start_method = "spawn"
+                kill_fork_server(self._runtime)  # it holds the memory of all imports
                 continue
             if (self._runtime / DRAIN_MARK).exists():
                 # 0, or systemd would start again what somebody wanted out of service.
