@@ -61,18 +61,18 @@ def test_ranks_share_what_it_has_imported_and_survive_its_faults(
         memory = ranks[1].memory_full_info()
         assert memory.uss < memory.rss / 2
 
-        count = ear.count
         first.kill()
         assert not psutil.wait_procs(list(ranks.values()), timeout=20)[1]
+        count = ear.count
         ear.wait(idle, after=count, worker=worker)
         second, ranks = fork_server_of(worker), daemon_of(worker).ranks
         assert second.pid != first.pid
         succeeds(vhost, ear, worker)
 
-        count = ear.count
         second.suspend()
         ranks[1].kill()
         worker.wait_log("fork_server_killed")
+        count = ear.count
         ear.wait(idle, after=count, worker=worker)
         third = fork_server_of(worker)
         assert third.pid != second.pid
