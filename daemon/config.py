@@ -316,7 +316,11 @@ def _pick_up_credentials(values: dict[str, Any]) -> None:
     if directory and isinstance(broker, dict):
         for name, field in _CREDENTIALS.items():
             path = Path(directory) / name
-            if path.is_file():
+            try:
+                handed_over = path.is_file()
+            except OSError as error:
+                raise ConfigError(f"{path}: {error.strerror}") from error
+            if handed_over:
                 broker.setdefault(field, str(path))
 
 

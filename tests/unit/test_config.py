@@ -153,6 +153,13 @@ def test_credentials_are_picked_up(file: Path, tmp_path: Path, monkeypatch: pyte
     assert load(file, LEAST).broker.ca_file == tmp_path / "broker-ca"
 
 
+def test_a_credential_that_cannot_be_looked_at(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the configuration, in one line."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/" + "x" * 300)
+    with pytest.raises(ConfigError, match="broker-url: File name too long"):
+        load(file, LEAST)
+
+
 def test_two_units_on_a_box_are_two_workers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unit's instance is part of a worker's default name."""
     alone = load(file, LEAST).worker_id
