@@ -22,7 +22,9 @@ def import_rank() -> None:
     """Imports everything that a rank needs; nothing when that is done."""
     gc.disable()  # millions of objects are made and none is garbage: a tenth of the imports' time
     import daemon.rank  # noqa: F401
+    from parallel.forward import load_compiler
 
+    load_compiler()
     gc.freeze()
     gc.enable()
 

@@ -10,6 +10,7 @@ Leaves out the exchange (`parallel.attention`), guidance and the steps (`paralle
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,15 @@ class BranchMemory:
 
     context: dict[int, Tensor] = field(default_factory=dict)
     residual: Tensor | None = None  # of the step cache, for this rank's slice
+
+
+def load_compiler() -> None:
+    """Imports what `torch.compile` wants, seconds of it, where blocks are compiled by default: on GPUs.
+
+    For the process that ranks are forked from. It asks whether there is a GPU without using it.
+    """
+    if torch.cuda.is_available():
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 def prepare_dit(dit: WanModel, *, compile_blocks: bool) -> None:
