@@ -1,8 +1,10 @@
 """How long a model takes to load from a cold disk, beside reading its files once.
 
 `make bench-loading ARGS="--ranks 1 2 --runs 3"`, as root, because the page cache is dropped before each reading. The
-files are the 1.3B's DiT (2.8 GB of random numbers, bfloat16) and the tiny model's other parts, made on the spot. The
-floor is the faster of one thread and four that read the files and do nothing with them. Loading is `load_model`
+files are the 1.3B's DiT (2.8 GB of random numbers, bfloat16) and the tiny model's other parts, made on the spot, or
+those of `--model`, with its `--profile`. Goes to GPUs where there are some.
+
+The floor is the faster of one thread and four that read the files and do nothing with them. Loading is `load_model`
 between two barriers: the ranks' start and imports are not in it. Prints Markdown, and writes it and JSON into `--out`.
 """
 
@@ -26,19 +28,19 @@ _PROFILE = "bench-loading"
 def main() -> None:
     options = _options()
     if options.folder is not None:
-        _load(Path(options.folder))
+        _load(options.profile, Path(options.folder))
         return
     if os.geteuid() != 0:
         sys.exit("benchmarks.loading: must be root, to drop the page cache before each reading")
     with tempfile.TemporaryDirectory(dir=options.disk) as scratch:
-        folder = _write_model(Path(scratch))
+        profile, folder = (options.profile, options.model) if options.model else _write_model(Path(scratch))
         files = sorted(folder.rglob("*.safetensors"))
         size = sum(path.stat().st_size for path in files)
         rows: list[dict[str, Any]] = []
         for run in range(options.runs):
             floor = min(_read(files, threads=1), _read(files, threads=4))
             for ranks in options.ranks:
-                seconds, read = _measure(folder, ranks)
+                seconds, read = _measure(profile, folder, ranks)
                 rows.append({"run": run, "ranks": ranks, "floor": floor, "seconds": seconds, "read_bytes": read})
                 print(json.dumps(rows[-1]), flush=True)
     lines = [
@@ -67,13 +69,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--disk", help="folder on the disk to measure; by default the temporary one")
+    parser.add_argument("--model", type=Path, help="a whole model's folder, instead of one that is made")
+    parser.add_argument("--profile", help="its profile")
     parser.add_argument("--out", help="folder for loading.json and loading.md")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # a rank of its own
     return parser.parse_args()
 
 
-def _write_model(scratch: Path) -> Path:
-    """A folder and its profile beside it: the tiny model with the 1.3B's DiT."""
+def _write_model(scratch: Path) -> tuple[str, Path]:
+    """A profile and its folder: the tiny model with the 1.3B's DiT."""
     import torch
     from safetensors.torch import save_file
 
@@ -90,8 +94,9 @@ def _write_model(scratch: Path) -> Path:
     tensors = {name: torch.rand(shape, dtype=torch.bfloat16) for name, shape in layout_of(part).items()}
     save_file(tensors, folder / replaced.files[0])
     text = Path("parallel/profiles/tiny-t2v.toml").read_text().replace(replaced.model_hash, part.model_hash)
-    (scratch / f"{_PROFILE}.toml").write_text(text)
-    return folder
+    path = scratch / f"{_PROFILE}.toml"
+    path.write_text(text)
+    return str(path), folder
 
 
 def _drop_caches() -> None:
@@ -118,17 +123,15 @@ def _read(files: list[Path], *, threads: int) -> float:
     return seconds
 
 
-def _measure(folder: Path, ranks: int) -> tuple[float, int]:
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launch = [sys.executable] if ranks == 1 else [torchrun, "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "benchmarks.loading", "--folder", str(folder)], capture_output=True, text=True, check=True
-    )
+def _measure(profile: str, folder: Path, ranks: int) -> tuple[float, int]:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "benchmarks.loading", "--profile", profile, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
     return float(told["seconds"]), int(told["read_bytes"])
 
 
-def _load(folder: Path) -> None:
+def _load(profile: str, folder: Path) -> None:
     """One rank: loads, and rank 0 tells how long it took all of them, and what they read."""
     import torch.distributed as dist
 
@@ -137,7 +140,7 @@ def _load(folder: Path) -> None:
     from parallel.world import join, read_launch
 
     world = join(read_launch(), device_kind="auto")
-    files = check_model_folder(load_profile(str(folder.parent / f"{_PROFILE}.toml")), folder)
+    files = check_model_folder(load_profile(profile), folder)
     if world.rank == 0:
         _drop_caches()
     before = _bytes_read()
