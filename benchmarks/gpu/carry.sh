@@ -1,7 +1,7 @@
 #!/bin/sh
 # Packs what a bare GPU machine lacks into .whl/carry.tar.xz, for benchmarks/gpu/run.sh: the Python packages that such
-# a machine with torch, transformers and pytest does not have, RabbitMQ with Erlang (from this machine's own packages:
-# 58 MB, that need glibc 2.34 and nothing else), and an ffmpeg that is small enough (an old one: 22 MB).
+# a machine with torch, transformers and pytest does not have, RabbitMQ with Erlang and systemd (from this machine's own
+# packages: 58 and 12 MB, that need glibc 2.36), and an ffmpeg that is small enough (an old one: 22 MB).
 #
 #   benchmarks/gpu/carry.sh            run it in the checkout, after `make install`
 set -eu
@@ -31,8 +31,16 @@ chmod +x "$work/root/usr/bin/ffmpeg-carried"
 rm -r "$work"/root/opt/reeld-site/imageio_ffmpeg*
 for each in .venv/lib/python3*/site-packages/imageio_ffmpeg*; do cp -r "$each" "$work/root/opt/reeld-site/"; done
 rm -f "$work"/root/opt/reeld-site/imageio_ffmpeg/binaries/ffmpeg-*
+rm -r "$work/root/opt/reeld-site/modelscope/models" # 22 MB; DiffSynth wants its downloads alone
 cp -a /usr/lib/erlang /usr/lib/rabbitmq "$work/root/usr/lib/"
 cp -a /usr/bin/erl "$work/root/usr/bin/"
+# What a machine that has parts of systemd's libraries lacks. /lib and /bin are links into /usr.
+dpkg -L systemd libsystemd-shared libkmod2 libapparmor1 libip4tc2 | grep -E '^(/usr)?/(lib|bin)/' | while read -r file; do
+    if [ -f "$file" ] || [ -L "$file" ]; then
+        mkdir -p "$work/root/usr/$(dirname "${file#/usr}")"
+        cp -a "$file" "$work/root/usr/${file#/usr}"
+    fi
+done
 mkdir -p .whl
-tar -C "$work/root" -c . | xz -T0 -6 >.whl/carry.tar.xz
+tar -C "$work/root" -c . | xz -T0 -9 >.whl/carry.tar.xz
 ls -l .whl/carry.tar.xz

@@ -3,7 +3,7 @@
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video daemon
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video daemon unit loading
 set -u
 
 here=$PWD
@@ -46,27 +46,36 @@ daemon() { # the rows of the fault table that ranks meet, and what only cards ca
     faults=tests/distributed/test_rank_faults.py
     export TEST_DEVICE=cuda
     stage daemon 400 python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider -s \
-        tests/gpu "$faults::test_row_14_rank_0_killed[2]" "$faults::test_row_15_peer_killed[2]" \
+        tests/gpu/test_cards.py "$faults::test_row_14_rank_0_killed[2]" "$faults::test_row_15_peer_killed[2]" \
         "$faults::test_row_17_out_of_memory_on_all[2]" "$faults::test_row_17_out_of_memory_on_one[2-1]" \
         "$faults::test_row_18_hung_rank[2-1-hang]" \
         tests/distributed/test_path.py::test_row_27_cancel_of_a_running_and_of_a_queued_job
     tail -40 "$OUT/daemon.log" | cut -c1-400
 }
 
+unit() { # the shipped unit with its hardening, on a systemd of its own
+    chmod -R go+rX . # the unit's user reads this checkout
+    TEST_DEVICE=cuda stage unit 280 python3 -m pytest -q -o filterwarnings=default -o minversion=6 \
+        -p no:cacheprovider -s tests/gpu/test_unit.py
+    tail -60 "$OUT/unit.log" | cut -c1-600
+}
+
 for each in "$@"; do
     case $each in
         smoke) bench smoke 90 --profile tiny-t2v --shape 128x192x33 --compile --fsdp ;;
         profile) stage profile 120 python3 -m benchmarks.gpu.profile_step --output "$OUT" ;;
-        1.3b) bench 1.3b 180 --profile wan2.1-t2v-1.3b --steps 2 --rounds 3 --compile --fsdp ;;
+        1.3b) bench 1.3b 240 --profile wan2.1-t2v-1.3b --steps 2 --rounds 3 --compile --fsdp ;;
         14b) bench 14b 330 --profile wan2.1-t2v-14b --steps 1 --rounds 2 --compile --fsdp --only diffsynth \
             'ours-compiled 1' 'ours-compiled cfg' 'ours-compiled fsdp cfg2' 'ours-compiled fsdp cfg1 ulysses2' ;;
-        14b-720p) bench 14b-720p 240 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
+        14b-720p) bench 14b-720p 300 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
             --only 'diffsynth' 'ours-compiled 1' 'ours-compiled cfg2' 'ours-compiled cfg1 ulysses2' ;;
-        precision) bench precision 100 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile \
+        precision) bench precision 240 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile \
             --float32-reference ;;
-        video) video "$nproc" 3 ;;
+        video) video "$nproc" 2 ;;
         video-1) video 1 2 ;;
         daemon) daemon ;;
+        unit) unit ;;
+        loading) stage loading 170 python3 -m benchmarks.loading --disk . --out "$OUT"; grep -v '^W' "$OUT/loading.log" ;;
         *) echo "no stage $each"; exit 2 ;;
     esac
 done

@@ -1,8 +1,9 @@
-"""What only cards can show: idle ones are idle, and memory that really runs out.
+"""What only cards can show: what the doctor finds, that idle ones are idle, and memory that really runs out.
 
 The rows of the fault table run on GPUs as they are, with TEST_DEVICE=cuda (`benchmarks/gpu/run.sh daemon`).
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from tests.harness import Ear, Seen, Worker, fresh_vhost, idle, job, publish, wr
 
 
 class _Running:
-    def __init__(self, worker: Worker, ear: Ear, url: str) -> None:
-        self.worker, self.ear, self.url = worker, ear, url
+    def __init__(self, worker: Worker, ear: Ear, url: str, config: Path) -> None:
+        self.worker, self.ear, self.url, self.config = worker, ear, url, config
 
     def do(self, message: dict[str, Any]) -> Seen:
         publish(self.url, message)
@@ -40,10 +41,11 @@ def running(
     folder = tmp_path_factory.mktemp("cards")
     with fresh_vhost(broker) as url:
         ear = Ear(url)
-        worker = Worker(write_config(folder, models, nproc=cards), url, folder)
+        config = write_config(folder, models, nproc=cards)
+        worker = Worker(config, url, folder)
         try:
             ear.wait(idle, worker=worker, timeout=240)
-            yield _Running(worker, ear, url)
+            yield _Running(worker, ear, url, config)
         finally:
             worker.end()
             ear.close()
@@ -57,6 +59,18 @@ def _utilisation() -> list[int]:
 def test_ranks_are_forked(running: _Running) -> None:
     """What ranks are forked from has not used CUDA, or they would have started anew, each on its own."""
     assert not [line for line in running.worker.logs() if line["event"] in ("cuda_forked", "ranks_start_alone")]
+
+
+def test_the_doctor_finds_the_cards(running: _Running, cards: int) -> None:
+    """Beside a running worker: every card, torch's CUDA, NCCL and a kernel for attention, and nothing to mend."""
+    command = [sys.executable, "-m", "ops.cli", "doctor", "--torch", "--config", str(running.config)]
+    environment = {**os.environ, "REELD_AMQP_URL": running.url, "COLUMNS": "200"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(said.stdout)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("MiB used, driver") == cards
+    for found in ("torch 2.", "NCCL 2.", "runs in bfloat16"):
+        assert found in said.stdout
 
 
 def test_idle_cards_do_not_spin(running: _Running, cards: int) -> None:

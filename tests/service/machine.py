@@ -10,7 +10,6 @@ Needs root, systemd-container and mmdebstrap (`make install` brings both). Where
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -25,39 +24,26 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import pytest
+
+from tests.service.booted import SOURCE, Booted
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _PACKAGES = ["systemd", "dbus", "python3", "ca-certificates"]
 # What a Python that was built by hand, torch and ffmpeg link to.
 _PACKAGES += ["libstdc++6", "libgomp1", "libssl3", "libffi8", "zlib1g", "libbz2-1.0", "liblzma5", "libsqlite3-0"]
 _BOOT_SECONDS = 60
-# Where a machine has this checkout.
-SOURCE = "/opt/reeld/src"
 _prctl = ctypes.CDLL(None, use_errno=True).prctl  # bound here: nothing may be looked up after a fork
 _PR_SET_PDEATHSIG = 1
 
-# Stands in for a release as `reeld install` builds it (6 GB): this virtual environment's packages, a checkout's code.
-_RELEASE = """
-set -e
-release=/opt/reeld/releases/{name}
-[ ! -d $release ] || exit 0
-mkdir -p $release/bin $release/lib/{python}/site-packages $release/share/doc/reeld
-ln -s {home}/{python} $release/bin/python3
-printf 'home = %s\\n' {home} >$release/pyvenv.cfg
-printf '%s\\n/opt/reeld/site-packages\\n' {source} >$release/lib/{python}/site-packages/reeld.pth
-printf '#!/bin/sh\\nexec "$(dirname "$(realpath "$0")")/python3" -m ops.cli "$@"\\n' >$release/bin/reeld
-chmod 755 /opt $release/bin/reeld
-[ ! -d /opt/python/lib ] || {{ echo /opt/python/lib >/etc/ld.so.conf.d/python.conf; ldconfig; }}
-"""
 
-
-class Machine:
+class Machine(Booted):
     """A booted machine, as a context manager. `binds`: more of the host, as (host's path, machine's, read-only)."""
 
     def __init__(self, folder: Path, *, binds: Sequence[tuple[Path, str, bool]] = ()) -> None:
+        super().__init__()
         self.name = f"reeld-{uuid.uuid4().hex[:8]}"
         # The machine's /var/lib/reeld, which a test can look into and put things into.
         self.state = folder / "state"
@@ -65,13 +51,12 @@ class Machine:
         self._binds = list(binds)
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._leader = 0
         self._cgroups: list[Path] = []
 
     def __enter__(self) -> Self:
         root = root_of(_codename())
         self.state.mkdir()
-        self._cgroups = _own_cgroups(self.name)
+        self._cgroups = own_cgroups(self.name)
         try:
             self._boot(root)
             self.install()
@@ -85,62 +70,13 @@ class Machine:
     ) -> None:
         self._end()
 
-    def run(self, *command: str, given: str | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        """Runs a command in the machine, as root. Fails on a status that is not 0, unless told not to."""
-        enter = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-n", "-p", "-C", "--"]
-        clean = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
-        done = subprocess.run(
-            [*enter, *clean, *command], input=given, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done
-
-    def write(self, path: str, text: str, *, mode: str = "644") -> None:
-        """Writes a file in the machine, as root."""
-        self.run("sh", "-c", f'mkdir -p "$(dirname {path})"; umask 077; cat >{path}; chmod {mode} {path}', given=text)
-
-    def systemctl(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        return self.run("systemctl", *arguments, check=check)
-
-    def show(self, unit: str) -> dict[str, str]:
-        """All of a unit's properties. systemd leaves some out while they are empty."""
-        lines = self.systemctl("show", unit).stdout.splitlines()
-        return {"StatusText": ""} | dict(line.partition("=")[::2] for line in lines)
-
-    def wait(self, unit: str, holds: Callable[[dict[str, str]], bool], *, timeout: float = 180) -> dict[str, str]:
-        """The unit's properties once `holds` of them. Fails with its status and journal when that takes too long."""
-        deadline = time.monotonic() + timeout
-        while True:
-            properties = self.show(unit)
-            if holds(properties):
-                return properties
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not so in {timeout:g} s\n{self.explain(unit)}")
-            time.sleep(0.2)  # systemd would tell by D-Bus; this host has no library for it
-
-    def journal(self, unit: str) -> list[dict[str, Any]]:
-        """The unit's journal: what reeld and systemd wrote, as journald's JSON."""
-        lines = self.run("journalctl", "--unit", unit, "--output", "json", "--all", "--no-pager").stdout.splitlines()
-        return [json.loads(line) for line in lines]
-
-    def logs(self, unit: str) -> list[dict[str, Any]]:
-        """What reeld itself wrote, each line parsed. Fails on one that does not parse."""
-        ours = [entry for entry in self.journal(unit) if entry.get("SYSLOG_IDENTIFIER") == "reeld"]
-        return [json.loads(entry["MESSAGE"]) for entry in ours]
-
-    def explain(self, unit: str) -> str:
-        """For people: how a unit stands, and the end of its journal."""
-        status = self.systemctl("status", "--no-pager", "--lines=0", unit, check=False).stdout
-        journal = self.run("journalctl", "--unit", unit, "--no-pager", "--lines=40", "--output=cat").stdout
-        return status + "\n".join(line[:500] for line in journal.splitlines())
-
     def _boot(self, root: Path) -> None:
         notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with tempfile.TemporaryDirectory(prefix="reeld-machine-") as folder, notified:
             notified.bind(f"{folder}/notify")  # a socket's path has room for 107 bytes
             command = ["systemd-nspawn", "--quiet", "-b", "-D", str(root), "--volatile=overlay", "--register=no"]
             command += ["--keep-unit", "--notify-ready=yes", "--console=pipe", f"--machine={self.name}"]
-            for source, target, read_only in [*_product(), (self.state, "/var/lib/reeld", False), *self._binds]:
+            for source, target, read_only in [*product(), (self.state, "/var/lib/reeld", False), *self._binds]:
                 command.append(f"--bind{'-ro' if read_only else ''}={source}:{target}")
             with self.console.open("wb") as console:
                 self._process = subprocess.Popen(
@@ -150,7 +86,7 @@ class Machine:
                     stdout=console,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_in_cgroups(self._cgroups, os.getpid()),
+                    preexec_fn=in_cgroups(self._cgroups, os.getpid()),
                 )
             self._wait_for_boot(notified)
 
@@ -172,14 +108,7 @@ class Machine:
         """Runs `reeld install` from a checkout in the machine, whose release need not be built. Returns its output."""
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
         home = "/usr/bin" if sys.base_prefix == "/usr" else "/opt/python/bin"
-        known = {"python": python, "home": home, "source": source}
-        self.run("sh", "-s", given=_RELEASE.format(name="bare", **known))  # to ask for the name, and to run the command
-        bare = "/opt/reeld/releases/bare/bin/python3"
-        asked = "from ops import release; print(release.release_name(release.source_tree()))"
-        name = self.run(bare, "-c", asked).stdout.strip()
-        self.run("sh", "-s", given=_RELEASE.format(name=name, **known))
-        self.run("rm", "-r", "/opt/reeld/releases/bare")
-        return self.run(f"/opt/reeld/releases/{name}/bin/reeld", "install", *options).stdout
+        return self._install(source, *options, python=python, home=home, packages=["/opt/reeld/site-packages"])
 
     def _end(self) -> None:
         if self._process is not None:
@@ -192,7 +121,7 @@ class Machine:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait(20)
         for cgroup in self._cgroups:
-            _remove_cgroup(cgroup)
+            remove_cgroup(cgroup)
 
 
 def root_of(suite: str) -> Path:
@@ -228,7 +157,8 @@ def _codename() -> str:
     pytest.fail("/etc/os-release names no VERSION_CODENAME: the tests on a booted systemd need Debian or Ubuntu")
 
 
-def _product() -> list[tuple[Path, str, bool]]:
+def product() -> list[tuple[Path, str, bool]]:
+    """What a machine has of this host in place of a release: (host's path, machine's, read-only)."""
     found = [
         (CHECKOUT, SOURCE, True),
         (Path(sysconfig.get_paths()["purelib"]), "/opt/reeld/site-packages", True),
@@ -239,7 +169,7 @@ def _product() -> list[tuple[Path, str, bool]]:
     return found
 
 
-def _own_cgroups(name: str) -> list[Path]:
+def own_cgroups(name: str) -> list[Path]:
     """A control group below our own, in each hierarchy that systemd uses: two machines in one would get mixed up."""
     made = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -257,7 +187,7 @@ def _own_cgroups(name: str) -> list[Path]:
     return made
 
 
-def _in_cgroups(cgroups: Sequence[Path], parent: int) -> Callable[[], None]:
+def in_cgroups(cgroups: Sequence[Path], parent: int) -> Callable[[], None]:
     files = [str(cgroup / "cgroup.procs") for cgroup in cgroups]
 
     def enter() -> None:
@@ -272,7 +202,7 @@ def _in_cgroups(cgroups: Sequence[Path], parent: int) -> Callable[[], None]:
     return enter
 
 
-def _remove_cgroup(cgroup: Path) -> None:
+def remove_cgroup(cgroup: Path) -> None:
     deepest_first = sorted(cgroup.rglob("*/"), key=lambda path: len(path.parts), reverse=True)
     for path in [*(each for each in deepest_first if each.is_dir()), cgroup]:
         for _ in range(50):  # the kernel takes a moment to see that the last process is gone

@@ -12,7 +12,8 @@ import pytest
 from ops.private_broker import PrivateBroker
 from tests.harness import LOG_FIELDS, Ear, Faults, fresh_vhost, job, publish
 from tests.proxy import Proxy
-from tests.service.machine import SOURCE, Machine
+from tests.service.booted import SOURCE
+from tests.service.machine import Machine
 
 UNIT = "reeld@test.service"
 CONFIG = """
