@@ -138,8 +138,7 @@ def _predict_rank(
         "decode": _decode(model, shape, world_size, rank, element),
     }
     if rank == 0:
-        encoders = {part.name: wait[part.name] for part in model.parts if part.is_encoder and part.name in wait}
-        phases["encode_text"] = encoders | _encode_text(model, element)
+        phases["encode_text"] = _arriving(model, wait, memory, element) | _encode_text(model, element)
     if shape.frame_inputs:
         phases["encode_frames"] = _encode_frames(model, shape, world_size, rank, element)
     if memory.strategy == "fsdp" and world_size > 1:
@@ -157,6 +156,18 @@ def _predict_rank(
         fullest = max(sum(phase.values()) for phase in phases.values())
         overhead["allocator_reserve"] = int(_RESERVE_SHARE * fullest)
     return RankMemory(rank=rank, weights=stay, phases=phases, overhead=overhead, host=wait)
+
+
+def _arriving(model: ModelSizes, wait: Mapping[str, int], memory: MemorySettings, element: int) -> dict[str, int]:
+    """What comes to the device to encode, of the parts that wait on the host: see `parallel.offload`."""
+    found: dict[str, int] = {}
+    for part in model.parts:
+        if part.is_encoder and part.name in wait:
+            streamed = part.blocks and memory.offloads_encoders
+            found["streamed_blocks" if streamed else part.name] = (
+                2 * part.largest_block * element if streamed else wait[part.name]
+            )
+    return found
 
 
 def _fill_up(

@@ -24,7 +24,7 @@ from parallel.forward_vace import prepare_vace
 from parallel.layouts import Layout, StoredTensor, read_tensors
 from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
 from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
-from parallel.offload import OffloadedModels
+from parallel.offload import OffloadedModels, stream_blocks
 from parallel.parts import ATTRIBUTES, BuiltModel, build_models
 from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles, ModelPart
@@ -204,6 +204,8 @@ class _Loader:
             model = manage_model(attribute, model_class, module, self._world.device, limit_gib=limit)
             setattr(self._pipeline, attribute, model)
             self._managed[attribute] = model
+        elif attribute == "text_encoder":
+            stream_blocks(module, self._world.device)
         else:
             self._offloaded[attribute] = module
 

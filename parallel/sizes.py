@@ -18,7 +18,10 @@ _ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
 
 @dataclass(frozen=True)
 class PartSizes:
-    """One model of the pipeline, by DiffSynth's name. `blocks`: the shapes of each block's tensors (of a DiT only)."""
+    """One model of the pipeline, by DiffSynth's name.
+
+    `blocks`: the shapes of each block's tensors, of a DiT and of the text encoder.
+    """
 
     name: str
     elements: int
@@ -108,7 +111,8 @@ def sizes_of(profile: ModelProfile, layouts: Mapping[str, Layout]) -> ModelSizes
             parts += _dit_parts("dit2" if role == "dit_low_noise" else "dit", layout)
         else:
             used = [shape for name, shape in layout.items() if not name.startswith("textual.")]
-            parts.append(PartSizes(role, sum(map(math.prod, used))))
+            blocks = _blocks(layout) if role == "text_encoder" else ()
+            parts.append(PartSizes(role, sum(map(math.prod, used)), blocks))
     dit = next(layout for role, layout in layouts.items() if role.startswith("dit"))
     return ModelSizes(
         parts=tuple(parts),
@@ -119,19 +123,20 @@ def sizes_of(profile: ModelProfile, layouts: Mapping[str, Layout]) -> ModelSizes
 
 
 def _dit_parts(name: str, layout: Layout) -> list[PartSizes]:
-    blocks: dict[int, list[Shape]] = {}
-    own = vace = 0
-    for tensor, shape in layout.items():
-        if tensor.startswith("vace"):
-            vace += math.prod(shape)
-            continue
-        own += math.prod(shape)
-        if (block := _BLOCK.match(tensor)) is not None:
-            blocks.setdefault(int(block[1]), []).append(shape)
-    found = [PartSizes(name, own, tuple(tuple(blocks[index]) for index in sorted(blocks)))]
+    vace = sum(math.prod(shape) for tensor, shape in layout.items() if tensor.startswith("vace"))
+    found = [PartSizes(name, sum(map(math.prod, layout.values())) - vace, _blocks(layout))]
     if vace:
         found.append(PartSizes(name.replace("dit", "vace"), vace))
     return found
+
+
+def _blocks(layout: Layout) -> tuple[tuple[Shape, ...], ...]:
+    """The shapes of each block's tensors."""
+    blocks: dict[int, list[Shape]] = {}
+    for tensor, shape in layout.items():
+        if (block := _BLOCK.match(tensor)) is not None:
+            blocks.setdefault(int(block[1]), []).append(shape)
+    return tuple(tuple(blocks[index]) for index in sorted(blocks))
 
 
 def _dit_sizes(profile: ModelProfile, layout: Layout, part: PartSizes) -> DitSizes:

@@ -3,7 +3,8 @@
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video daemon unit loading
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video memory daemon unit \\
+#       loading
 set -u
 
 here=$PWD
@@ -33,13 +34,27 @@ bench() { # NAME SECONDS ARGUMENTS...
     python3 -m benchmarks.gpu.summary "$OUT/$name.json"
 }
 
-video() { # RANKS JOBS
-    model=/tmp/reeld-model
-    [ -e "$model/google" ] || stage model 120 python3 -m benchmarks.gpu.random_model wan2.1-t2v-1.3b "$model"
-    stage "video-$1" 280 python3 -m benchmarks.gpu.video --model "$model" --ranks "$1" --jobs "$2" \
-        --output "$OUT/video-$1.json"
-    grep '^{' "$OUT/video-$1.log" | cut -c1-1500
-    tail -3 "$OUT/video-$1.log" | cut -c1-600
+model() { # PROFILE: a folder of random numbers with its encoder and VAE, 14.5 GB (1.3B) or 40 GB (14B)
+    [ -e "/tmp/$1/google" ] || stage "model-$1" 180 python3 -m benchmarks.gpu.random_model "$1" "/tmp/$1"
+}
+
+video() { # NAME PROFILE ARGUMENTS...
+    video=$1; profile=$2; shift 2
+    model "$profile"
+    stage "$video" 280 python3 -m benchmarks.gpu.video --profile "$profile" --model "/tmp/$profile" \
+        --output "$OUT/$video.json" "$@"
+    grep '^{' "$OUT/$video.log" | cut -c1-1500
+    tail -3 "$OUT/$video.log" | cut -c1-600
+}
+
+memory() { # of a whole job of the 14B at 720p, on one card and on all
+    stage offload 60 python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider \
+        tests/unit/test_offload.py
+    few="--shape 720x1280x81 --steps 2 --jobs 1"
+    # shellcheck disable=SC2086 # a list of words
+    video memory-1 wan2.1-t2v-14b --ranks 1 $few
+    # shellcheck disable=SC2086
+    video "memory-$nproc" wan2.1-t2v-14b --ranks "$nproc" --memory fsdp --parallel "ulysses_degree = $nproc" $few
 }
 
 daemon() { # the rows of the fault table that ranks meet, and what only cards can show
@@ -60,6 +75,13 @@ unit() { # the shipped unit with its hardening, on a systemd of its own
     tail -60 "$OUT/unit.log" | cut -c1-600
 }
 
+loading() { # from a cold disk
+    model wan2.1-t2v-1.3b
+    stage loading 200 python3 -m benchmarks.loading --profile wan2.1-t2v-1.3b --model /tmp/wan2.1-t2v-1.3b --runs 2 \
+        --out "$OUT"
+    tail -5 "$OUT/loading.log"
+}
+
 for each in "$@"; do
     case $each in
         smoke) bench smoke 90 --profile tiny-t2v --shape 128x192x33 --compile --fsdp ;;
@@ -71,11 +93,12 @@ for each in "$@"; do
             --only 'diffsynth' 'ours-compiled 1' 'ours-compiled cfg2' 'ours-compiled cfg1 ulysses2' ;;
         precision) bench precision 240 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile \
             --float32-reference ;;
-        video) video "$nproc" 2 ;;
-        video-1) video 1 2 ;;
+        video) video "video-$nproc" wan2.1-t2v-1.3b --ranks "$nproc" ;;
+        video-1) video video-1 wan2.1-t2v-1.3b --ranks 1 ;;
+        memory) memory ;;
         daemon) daemon ;;
         unit) unit ;;
-        loading) stage loading 170 python3 -m benchmarks.loading --disk . --out "$OUT"; grep -v '^W' "$OUT/loading.log" ;;
+        loading) loading ;;
         *) echo "no stage $each"; exit 2 ;;
     esac
 done

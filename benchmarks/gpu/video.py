@@ -25,6 +25,8 @@ dtype = "bfloat16"
 memory = "{memory}"
 heartbeat_seconds = 0.5
 work_directory = "{folder}/work"
+[parallel]
+{parallel}
 [topology]
 apply = true
 [inputs]
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--memory", default="resident")
+    parser.add_argument("--parallel", default="", help="of the configuration: 'ulysses_degree = 2'")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--shape", default="480x832x81")
