@@ -12,7 +12,7 @@ from pathlib import Path
 
 from daemon.config import load_config
 from daemon.errors import ConfigError, ExitStatus, FatalError
-from daemon.logs import RUNTIME_VARIABLE, finish_logs, setup_logs
+from daemon.logs import FORMAT_VARIABLE, RUNTIME_VARIABLE, finish_logs, setup_logs
 from daemon.rank_processes import LAUNCHER_VARIABLE, announce, announce_exit, die_with_parent
 
 CONFIG_VARIABLE = "REELD_CONFIG"
@@ -54,7 +54,7 @@ def main() -> int:
     except ConfigError as error:
         fault = error
     setup_logs(
-        format_=os.environ.get("REELD_LOG_FORMAT_RESOLVED") or (config.log.format if config else "auto"),
+        format_=os.environ.get(FORMAT_VARIABLE) or (config.log.format if config else "auto"),
         level=config.log.level if config else "info",
         rank=rank,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),

@@ -24,6 +24,7 @@ from daemon.group_watch import GroupWatch
 from daemon.logs import (
     CONFIG_FILE,
     DRAIN_MARK,
+    FORMAT_VARIABLE,
     LOCK_VARIABLE,
     READY_MARK,
     RUNTIME_VARIABLE,
@@ -75,7 +76,7 @@ def run(config: Config, config_path: Path | None) -> int:
         format_ = log_format_for_ranks(config.log.format)
         os.environ[LOCK_VARIABLE] = str(Path(runtime) / "log.lock")
         os.environ[RUNTIME_VARIABLE] = runtime
-        os.environ["REELD_LOG_FORMAT_RESOLVED"] = format_
+        os.environ[FORMAT_VARIABLE] = format_
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         if config_path is not None:

@@ -27,6 +27,8 @@ from daemon.events import now
 from daemon.signals import STACKS_SIGNAL
 
 LOCK_VARIABLE = "REELD_LOG_LOCK"
+# How the launcher's output shall look, which decides for its ranks: these have a pipe.
+FORMAT_VARIABLE = "REELD_LOG_FORMAT_RESOLVED"
 # Begins a line that a rank has formatted already; the launcher passes it on as it is. (RFC 7464's record separator.)
 _FORMATTED = b"\x1e"
 # Ends what a process captures of itself. (ASCII's end of transmission.)

@@ -6,7 +6,6 @@ apart. Owns these files, finding the processes, and that none outlives the one i
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 from pathlib import Path
@@ -15,12 +14,12 @@ import psutil
 from setproctitle import setproctitle
 
 from daemon.logs import RUNTIME_VARIABLE
+from daemon.parent_death import signal_after_parent
 
 # The launcher's process id, for its ranks. Without it they were started by a bare torchrun.
 LAUNCHER_VARIABLE = "REELD_LAUNCHER"
 _FORK_SERVER = "fork-server"
 _FILE_BYTES = 16
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
@@ -29,7 +28,7 @@ def die_with_parent() -> None:
     A rank's parent is the fork server, the launcher or torchrun; the fork server's is the launcher.
     """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_after_parent(signal.SIGKILL)
     if os.getppid() != parent or not _is_expected(parent):  # it died before the call
         os._exit(1)
 

@@ -10,7 +10,6 @@ Leaves out: installing RabbitMQ (``ops/install.sh``), speaking AMQP (``daemon/``
         print(broker.amqp_url)  # amqp://guest:guest@127.0.0.1:PORT/%2F
 """
 
-import ctypes
 import os
 import random
 import shutil
@@ -24,13 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from daemon.parent_death import child_gets
+
 RABBITMQ_BIN = Path("/usr/lib/rabbitmq/bin")
 """Where Debian and Ubuntu put the real scripts. Those in /usr/sbin switch to the user ``rabbitmq``."""
 
 _LOOPBACK = "127.0.0.1"
 _NODENAME = "reeld@localhost"
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None, use_errno=True).prctl  # bound here: nothing may be looked up after a fork
 
 
 class PrivateBrokerError(RuntimeError):
@@ -339,17 +338,8 @@ def _spawn(command: list[str], environment: dict[str, str], folder: Path, log: I
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=child_gets(signal.SIGKILL),
     )
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    def ask_for_the_signal() -> None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask_for_the_signal
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -3,20 +3,16 @@
 Owns the process for the demo. Leaves out what the worker does.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from daemon.parent_death import child_gets
 from ops.failure import CommandFailedError
-
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None, use_errno=True).prctl  # bound here: nothing may be looked up after a fork
 
 
 class WorkerProcess:
@@ -32,7 +28,7 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours: we stop the worker in order
-                preexec_fn=_drain_with(os.getpid()),
+                preexec_fn=child_gets(signal.SIGTERM),
             )
 
     def check_alive(self) -> None:
@@ -67,12 +63,3 @@ class WorkerProcess:
     ) -> None:
         if self._process.poll() is None:
             self.stop(timeout_seconds=20)
-
-
-def _drain_with(parent: int) -> Callable[[], None]:
-    def ask_for_the_signal() -> None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask_for_the_signal

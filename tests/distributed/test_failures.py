@@ -121,7 +121,7 @@ def test_row_25_sigterm_while_starting(vhost: str, models: Path, tmp_path: Path,
     """SIGTERM before anything is consumed ends the daemon at once, with exit 0, whatever it was loading."""
     worker = Worker(write_config(tmp_path, models, nproc=2), vhost, tmp_path)
     try:
-        _wait_for_log(worker, event)
+        worker.wait_log(event)
         assert worker.drain() == 0, worker.tail()
         assert not [line for line in worker.logs() if "exception" in line]
     finally:
@@ -156,14 +156,3 @@ def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: P
         for worker in workers:
             worker.end()
         ear.close()
-
-
-def _wait_for_log(worker: Worker, event: str) -> None:
-    """Until the worker has logged `event`. Follows the file as it grows."""
-    import time
-
-    deadline = time.monotonic() + 120
-    while not any(f'"{event}"' in line for line in worker.lines()):
-        assert worker.process.poll() is None, worker.tail()
-        assert time.monotonic() < deadline, worker.tail()
-        time.sleep(0.2)  # a growing file offers no event to wait for

@@ -7,24 +7,10 @@ goes with it), all devices, and a control group in which its device rules hold. 
 Needs root, Linux with cgroup2, and systemd's files (`benchmarks/gpu/carry.sh` brings them).
 """
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from tests.service.booted import SOURCE, Booted
-from tests.service.machine import in_cgroups, own_cgroups, product, remove_cgroup
-
-_BOOT_SECONDS = 30
-# What packages that are carried as folders bring (`benchmarks/gpu/carry.sh`).
-_CARRIED = Path("/opt/reeld-site")
+from tests.service.booted import Booted
 
 _BOOT = """
 set -e
@@ -57,75 +43,20 @@ exec "$@"
 
 
 class BareSystemd(Booted):
-    """A booted systemd with reeld laid out, as a context manager. `binds`: (host's path, the path there)."""
+    """A booted systemd with reeld laid out, as a context manager. All that is bound can be written to."""
 
-    def __init__(self, folder: Path, *, binds: Sequence[tuple[Path, str]]) -> None:
-        super().__init__()
-        self._folder = folder
-        self._binds = [*((source, target) for source, target, _ in product()), *binds]
-        self._process: subprocess.Popen[bytes] | None = None
-        self._cgroups: list[Path] = []
+    # The second is what `benchmarks/gpu/carry.sh` brings.
+    packages = ("/opt/reeld/site-packages", "/opt/reeld-site")
 
-    def __enter__(self) -> Self:
-        self._cgroups = own_cgroups(f"reeld-{uuid.uuid4().hex[:8]}")
-        try:
-            self._boot()
-            self._lay_out()
-        except BaseException:
-            self._end()
-            raise
-        return self
+    def _command(self, notify: str) -> list[str]:
+        systemd = ["env", "-i", "container=other", f"NOTIFY_SOCKET={notify}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
+        systemd += ["/usr/lib/systemd/systemd", "--system", "--unit=test.target", "--log-target=console"]
+        binds = [str(path) for source, target, _ in self._binds for path in (source, target)]
+        command = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--cgroup", "--ipc", "--uts", "--"]
+        return [*command, "sh", "-c", _BOOT, "sh", str(self._folder / "layer"), *binds, "--", *systemd]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _boot(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-            notified.bind(str(self._folder / "notify"))
-            systemd = ["env", "-i", "container=other", f"NOTIFY_SOCKET={self._folder / 'notify'}"]
-            systemd += ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "/usr/lib/systemd/systemd", "--system"]
-            systemd += ["--unit=test.target", "--log-target=console"]
-            binds = [str(path) for bind in self._binds for path in bind]
-            command = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--cgroup", "--ipc", "--uts", "--"]
-            command += ["sh", "-c", _BOOT, "sh", str(self._folder / "layer"), *binds, "--", *systemd]
-            with (self._folder / "console.log").open("wb") as console:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=console,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=in_cgroups(self._cgroups, os.getpid()),
-                )
-            self._wait_for_boot(notified)
-
-    def _wait_for_boot(self, notified: socket.socket) -> None:
+    def _leader_in(self, said: Sequence[str]) -> int | None:
         assert self._process is not None
-        notified.settimeout(1)
-        deadline = time.monotonic() + _BOOT_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                said = notified.recv(4096).decode()
-            except TimeoutError:
-                continue
-            if "READY=1" in said.splitlines():
-                children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-                self._leader = int(children.split()[0])
-                return
-        console = (self._folder / "console.log").read_text(errors="replace")
-        raise AssertionError(f"systemd did not boot: {self._process.poll()}\n{console[-3000:]}")
-
-    def _lay_out(self) -> None:
-        python = Path(sys.executable).resolve()
-        home = "/opt/python/bin" if sys.base_prefix != "/usr" else str(python.parent)
-        packages = ["/opt/reeld/site-packages", *([str(_CARRIED)] if _CARRIED.is_dir() else [])]
-        self._install(SOURCE, python=python.name, home=home, packages=packages)
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)  # and with it, by --kill-child, everything inside
-            self._process.wait(20)
-        for cgroup in self._cgroups:
-            remove_cgroup(cgroup)
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if "READY=1" in said else None

@@ -58,7 +58,7 @@ def unit(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathF
         if folder.name.startswith("pytest-"):
             folder.chmod(0o755)
     with (
-        BareSystemd(tmp_path_factory.mktemp("systemd"), binds=[(models, "/srv/models")]) as machine,
+        BareSystemd(tmp_path_factory.mktemp("systemd"), binds=[(models, "/srv/models", True)]) as machine,
         fresh_vhost(broker) as url,
     ):
         host = {name: value for name, value in os.environ.items() if name.startswith(_HOST)}

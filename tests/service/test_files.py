@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.service.machine import CHECKOUT, Machine
+from tests.service.booted import CHECKOUT
+from tests.service.machine import Machine
 
 # `systemd-analyze security` of the unit, in tenths; docs/systemd.md says why each remaining exposure is there.
 EXPOSURE = 16
