@@ -19,7 +19,7 @@ from tests.harness import fresh_vhost
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs a broker: those are the tests of `make test-brokers`."""
+    """Marks what asks for a broker; these, and the modules that mark themselves, are what `make test-brokers` runs."""
     folder = Path(__file__).with_name("broker")
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()) or folder in item.path.parents:

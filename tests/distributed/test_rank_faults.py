@@ -15,6 +15,8 @@ import pytest
 from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Faults, Seen, Worker, fresh_vhost, idle, job, publish, take, write_config
 
+pytestmark = pytest.mark.broker  # asked for by the fixture that a test's number of ranks picks
+
 STALL = """
 [stall]
 floor_seconds = 12

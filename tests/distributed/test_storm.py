@@ -13,6 +13,8 @@ from tests.storm.run import Storm
 # Drawn with it, among others: rank 0, a peer, the launcher and the broker killed, an alarm, stopped processes, a drip.
 SEED = int(os.environ.get("STORM_SEED", "20"))
 
+pytestmark = pytest.mark.broker  # its own, which it kills
+
 
 @pytest.mark.usefixtures("pikas_sockets")
 @pytest.mark.timeout(1500)
