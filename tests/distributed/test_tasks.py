@@ -74,6 +74,10 @@ IN_SHORT = (
     "speech",
     "speech, pose",
 )
+# On 3 ranks each has 35 tokens, and torch's flash kernel for CPUs takes the last 3 through a product of their own that
+# adds up the text's many equal padding tokens one after the other (seen on an AMD EPYC): ten times the rounding of the
+# others. In float64 the frames are equal to 1.5e-7, the width of RoPE's float32 tables.
+ROUNDED_MORE = {("first and last frame", 3): 3e-5}
 if not EVERYTHING:
     CASES = {name: CASES[name] for name in IN_SHORT}
 
@@ -158,15 +162,15 @@ def test_each_input_is_seen_in_the_frames(reference: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4] if EVERYTHING else [2, 3])
 def test_every_task_gives_diffsynths_frames(ranks: int, cases: Path, reference: dict[str, Any]) -> None:
-    """To 1e-5, whatever the task, the number of ranks and the split."""
+    """To 1e-5, whatever the task, the number of ranks and the split; where torch rounds more, to that."""
     output = cases.parent / f"ours-{ranks}.safetensors"
     run_module("ours", cases, output, ranks=ranks)
     ours = load_file(output)
     assert {name.partition("|")[0] for name in ours} == set(CASES)
     for name, frames in ours.items():
-        expected = reference[name.partition("|")[0]]
-        assert frames.shape == expected.shape, name
-        assert np.abs(frames - expected).max() <= 1e-5, name
+        case = name.partition("|")[0]
+        assert frames.shape == reference[case].shape, name
+        assert np.abs(frames - reference[case]).max() <= ROUNDED_MORE.get((case, ranks), 1e-5), name
     splits = {name.partition("|")[2] for name in ours}
     assert len(splits) == {1: 1, 2: 3, 3: 2, 4: 5}[ranks], splits
 
