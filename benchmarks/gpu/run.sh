@@ -3,7 +3,7 @@
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video memory daemon unit \\
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video memory daemon unit \
 #       loading
 set -u
 
