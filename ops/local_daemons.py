@@ -103,12 +103,16 @@ def _runtime_of(launcher: psutil.Process) -> str | None:
     """A launcher's folder, by the file for its stacks, which it holds open. None when this is no launcher."""
     # Not psutil's open_files, which leaves out what is not there as seen from here.
     try:
-        opened = [os.readlink(link) for link in Path(f"/proc/{launcher.pid}/fd").iterdir()]
+        for link in Path(f"/proc/{launcher.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                path = Path(os.readlink(link))
+                if path.name == LAUNCHER_STACKS_FILE:
+                    return str(path.parent)
     except PermissionError as error:
         raise psutil.AccessDenied(launcher.pid) from error
     except OSError:
         return None
-    return next((str(Path(path).parent) for path in opened if Path(path).name == LAUNCHER_STACKS_FILE), None)
+    return None
 
 
 def _unit(process: psutil.Process) -> str | None:
