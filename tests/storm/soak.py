@@ -40,7 +40,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """How one process was in the first and in the last third after the warm-up: medians, and the most."""
+    """How one process was in the first and in the last third after the warm-up.
+
+    Memory's medians, and the least threads and descriptors: what is never given back is in every sample from then on, a
+    file that is just being read in one.
+    """
 
     process: str
     rss_first_bytes: int
@@ -80,10 +84,10 @@ def curves_of(samples: list[Sample], *, until_seconds: float) -> list[Curve]:
                 process=process,
                 rss_first_bytes=int(statistics.median(sample.rss_bytes for sample in first)),
                 rss_last_bytes=int(statistics.median(sample.rss_bytes for sample in last)),
-                threads_first=max(sample.threads for sample in first),
-                threads_last=max(sample.threads for sample in last),
-                fds_first=max(sample.fds for sample in first),
-                fds_last=max(sample.fds for sample in last),
+                threads_first=min(sample.threads for sample in first),
+                threads_last=min(sample.threads for sample in last),
+                fds_first=min(sample.fds for sample in first),
+                fds_last=min(sample.fds for sample in last),
             )
         )
     return curves
