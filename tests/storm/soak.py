@@ -42,8 +42,7 @@ class Sample:
 class Curve:
     """How one process was in the first and in the last third after the warm-up.
 
-    Memory's medians, and the least threads and descriptors: what is never given back is in every sample from then on, a
-    file that is just being read in one.
+    Medians: what is never given back is in every sample from then on, a file that is just being read in one.
     """
 
     process: str
@@ -84,10 +83,10 @@ def curves_of(samples: list[Sample], *, until_seconds: float) -> list[Curve]:
                 process=process,
                 rss_first_bytes=int(statistics.median(sample.rss_bytes for sample in first)),
                 rss_last_bytes=int(statistics.median(sample.rss_bytes for sample in last)),
-                threads_first=min(sample.threads for sample in first),
-                threads_last=min(sample.threads for sample in last),
-                fds_first=min(sample.fds for sample in first),
-                fds_last=min(sample.fds for sample in last),
+                threads_first=statistics.median_low(sample.threads for sample in first),
+                threads_last=statistics.median_low(sample.threads for sample in last),
+                fds_first=statistics.median_low(sample.fds for sample in first),
+                fds_last=statistics.median_low(sample.fds for sample in last),
             )
         )
     return curves
