@@ -13,6 +13,7 @@ import pytest
 from ops.private_broker import PrivateBroker
 from tests.gpu.bare_systemd import BareSystemd
 from tests.harness import Ear, Seen, fresh_vhost, job, publish
+from tests.service.booted import CHECKOUT
 
 UNIT = "reeld@cards.service"
 CONFIG = """
@@ -77,7 +78,8 @@ def unit(broker: PrivateBroker, models: Path, tmp_path_factory: pytest.TempPathF
 def test_device_rules_hold(unit: Unit, device: str, allowed: bool) -> None:
     """Under the unit's `DevicePolicy=` and `DeviceAllow=` even root opens the cards' files only: so the rules are in
     force where the next test runs."""
-    rules = "DevicePolicy=closed\nDeviceAllow=char-nvidia* rw\n"
+    unit_file = (CHECKOUT / "systemd" / "reeld@.service").read_text().splitlines()
+    rules = "\n".join(line for line in unit_file if line.startswith(("DevicePolicy=", "DeviceAllow=")))
     for name, lines, opens in (("ruled", rules, allowed), ("free", "", True)):
         probe = f"[Service]\nType=oneshot\nExecStart=/bin/sh -c 'exec 3<{device}'\n{lines}"
         unit.machine.write(f"/etc/systemd/system/{name}.service", probe)
