@@ -34,6 +34,11 @@ bench() { # NAME SECONDS ARGUMENTS...
     python3 -m benchmarks.gpu.summary "$OUT/$name.json"
 }
 
+tests() { # NAME SECONDS TESTS...
+    name=$1; limit=$2; shift 2
+    stage "$name" "$limit" python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider -s "$@"
+}
+
 model() { # PROFILE: a folder of random numbers with its encoder and VAE, 14.5 GB (1.3B) or 40 GB (14B)
     [ -e "/tmp/$1/google" ] || stage "model-$1" 180 python3 -m benchmarks.gpu.random_model "$1" "/tmp/$1"
 }
@@ -48,8 +53,7 @@ video() { # NAME PROFILE ARGUMENTS...
 }
 
 memory() { # of a whole job of the 14B at 720p, on one card and on all
-    stage offload 60 python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider \
-        tests/unit/test_offload.py
+    tests offload 60 tests/unit/test_offload.py
     few="--shape 720x1280x81 --steps 2 --jobs 1"
     # shellcheck disable=SC2086 # a list of words
     video memory-1 wan2.1-t2v-14b --ranks 1 $few
@@ -60,7 +64,7 @@ memory() { # of a whole job of the 14B at 720p, on one card and on all
 daemon() { # the rows of the fault table that ranks meet, and what only cards can show
     faults=tests/distributed/test_rank_faults.py
     export TEST_DEVICE=cuda
-    stage daemon 400 python3 -m pytest -q -o filterwarnings=default -o minversion=6 -p no:cacheprovider -s \
+    tests daemon 400 \
         tests/gpu/test_cards.py "$faults::test_row_14_rank_0_killed[2]" "$faults::test_row_15_peer_killed[2]" \
         "$faults::test_row_17_out_of_memory_on_all[2]" "$faults::test_row_17_out_of_memory_on_one[2-1]" \
         "$faults::test_row_18_hung_rank[2-1-hang]" \
@@ -70,8 +74,8 @@ daemon() { # the rows of the fault table that ranks meet, and what only cards ca
 
 unit() { # the shipped unit with its hardening, on a systemd of its own
     chmod -R go+rX . # the unit's user reads this checkout
-    TEST_DEVICE=cuda stage unit 280 python3 -m pytest -q -o filterwarnings=default -o minversion=6 \
-        -p no:cacheprovider -s tests/gpu/test_unit.py
+    export TEST_DEVICE=cuda
+    tests unit 280 tests/gpu/test_unit.py
     tail -60 "$OUT/unit.log" | cut -c1-600
 }
 
