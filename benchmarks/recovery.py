@@ -5,6 +5,7 @@ that both meet the same machine:
 
 - a peer is killed in mid-denoising; recovered: the first denoising step of the same job, redelivered. Floor: as many
   processes as there are ranks start Python and load the same models through DiffSynth alone: no groups, no broker.
+  With `--model` a real one, on GPUs: then a step has run before the ranks are ready, which the floor has not.
 - a broker is killed and started again; recovered: the daemon consumes again. Floor: the broker's own start.
 
 Where the time after a killed peer goes is taken from the worker's log lines. Prints Markdown, and writes it and JSON
@@ -21,10 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_worker import write_real_config
 from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Worker, idle, job, publish, write_config
 
@@ -37,10 +41,11 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 from parallel.profile import check_model_folder, load_profile
 from parallel.tiny_registry import register_tiny_models
 register_tiny_models()
-for name in ("tiny-t2v", "tiny-i2v"):
-    files = check_model_folder(load_profile(name), Path(sys.argv[1]) / name)
+device, dtype, *folders = sys.argv[1:]
+for folder in folders:
+    files = check_model_folder(load_profile(Path(folder).name), Path(folder))
     WanVideoPipeline.from_pretrained(
-        torch_dtype=torch.float32, device="cpu", redirect_common_files=False,
+        torch_dtype=getattr(torch, dtype), device=device, redirect_common_files=False,
         model_configs=[
             ModelConfig(path=[str(path) for path in paths] if len(paths) > 1 else str(paths[0]))
             for paths in files.paths.values()
@@ -48,6 +53,18 @@ for name in ("tiny-t2v", "tiny-i2v"):
         tokenizer_config=ModelConfig(path=str(files.tokenizer)),
     )
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What recovers: a worker's configuration, the models it serves, on what, and a job that is long enough."""
+
+    config: Path
+    folders: Sequence[Path]
+    device: str
+    dtype: str
+    ranks: int
+    parameters: Mapping[str, int]
 
 
 # The log line that ends each stage of a recovery, on the last rank to write it.
@@ -59,6 +76,8 @@ _STAGES = {
 }
 
 
+_FLOORS = {"peer": "process_floor", "broker": "broker_floor"}
+
 # On every broker a kill soon after a declare may lose the queue.
 _DECLARED_SECONDS = 2.0
 
@@ -67,22 +86,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", choices=("peer", "broker"), help="one of the two recoveries")
+    parser.add_argument("--model", type=Path, help="a real model's folder, called as its profile; served on GPUs")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no further peer is killed after so long")
     parser.add_argument("--out", type=Path, default=Path("recovery-output"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
-        rows = _measure(Path(folder), runs=arguments.runs, ranks=arguments.ranks, minutes=arguments.minutes)
+        subject = _subject(Path(folder), arguments.ranks, arguments.model)
+        rows = _measure(Path(folder), subject, runs=arguments.runs, only=arguments.only, minutes=arguments.minutes)
     report = {
         "runs": {name: len(rows[name]) for name in ("peer", "broker")},
         "ranks": arguments.ranks,
+        "models": [folder.name for folder in subject.folders],
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
         "seconds": rows,
         "stages_p50": _stages_p50(rows),
-        "summary": {
-            "peer": _summary(rows["peer"], rows["process_floor"]),
-            "broker": _summary(rows["broker"], rows["broker_floor"]),
-        },
+        "summary": {name: _summary(rows[name], rows[floor]) for name, floor in _FLOORS.items() if rows[name]},
     }
     text = _markdown(report)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -92,19 +112,38 @@ def main() -> int:
     return 0
 
 
-def _measure(folder: Path, *, runs: int, ranks: int, minutes: float) -> dict[str, list[float]]:
+def _subject(folder: Path, ranks: int, model: Path | None) -> _Subject:
+    if model is not None:
+        return _Subject(
+            config=write_real_config(folder, model.name, model, ranks=ranks, device="cuda"),
+            folders=[model.resolve()],
+            device="cuda",
+            dtype="bfloat16",
+            ranks=ranks,
+            parameters={"num_frames": 81, "height": 480, "width": 832, "num_inference_steps": 20},
+        )
     models = folder / "models"
     script = "import sys; from pathlib import Path; from parallel.tiny import write_tiny_model; "
     script += "write_tiny_model(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", script, str(models)], check=True, capture_output=True)
+    return _Subject(
+        config=write_config(folder, models, nproc=ranks, topology="delivery_limit = 100"),
+        folders=[models / "tiny-t2v", models / "tiny-i2v"],
+        device="cpu",
+        dtype="float32",
+        ranks=ranks,
+        parameters={"num_frames": 33, "height": 128, "width": 192, "num_inference_steps": 25},
+    )
+
+
+def _measure(folder: Path, subject: _Subject, *, runs: int, only: str | None, minutes: float) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {"peer": [], "process_floor": [], "broker": [], "broker_floor": []}
     with PrivateBroker(folder / "broker") as broker:
-        config = write_config(folder, models, nproc=ranks, topology="delivery_limit = 100")
-        worker = Worker(config, broker.amqp_url, folder)
+        worker = Worker(subject.config, broker.amqp_url, folder)
         try:
             worker.wait_log("consuming", timeout=300)
             time.sleep(_DECLARED_SECONDS)
-            for run in range(runs):
+            for run in range(runs if only != "peer" else 0):
                 floor, seconds = _restart_broker(worker, broker)
                 rows["broker_floor"].append(floor)
                 rows["broker"].append(seconds)
@@ -112,14 +151,14 @@ def _measure(folder: Path, *, runs: int, ranks: int, minutes: float) -> dict[str
             ear = Ear(broker.amqp_url)
             ear.wait(idle, worker=worker)
             until = time.monotonic() + minutes * 60
-            for run in range(runs):
+            for run in range(runs if only != "broker" else 0):
                 if time.monotonic() > until and run > 0:
                     break
-                seconds, stages = _kill_peer(worker, ear, broker.amqp_url, ranks)
+                seconds, stages = _kill_peer(worker, ear, broker.amqp_url, subject)
                 rows["peer"].append(seconds)
                 for name, each in stages.items():
                     rows.setdefault(name, []).append(each)
-                rows["process_floor"].append(_load_models(models, ranks))
+                rows["process_floor"].append(_load_models(subject))
                 print(
                     f"peer {run + 1}/{runs}: {rows['peer'][-1]:.2f} s, floor {rows['process_floor'][-1]:.2f} s",
                     flush=True,
@@ -131,14 +170,14 @@ def _measure(folder: Path, *, runs: int, ranks: int, minutes: float) -> dict[str
     return rows
 
 
-def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> tuple[float, dict[str, float]]:
+def _kill_peer(worker: Worker, ear: Ear, url: str, subject: _Subject) -> tuple[float, dict[str, float]]:
     """Seconds from the kill to the first step of the redelivered job, and how they are made up."""
-    message = job(parameters={"seed": 1, "num_frames": 33, "num_inference_steps": 25, "height": 128, "width": 192})
+    message = job(parameters={"seed": 1, **subject.parameters})
     key = f"job.{message['job_id']}.progress"
     publish(url, message)
     ear.wait(lambda seen: seen.routing_key == key and seen.data["phase"] == "denoise", worker=worker)
     count = ear.count
-    peer = {line["rank"]: line["pid"] for line in worker.logs() if line["rank"] is not None}[ranks - 1]
+    peer = {line["rank"]: line["pid"] for line in worker.logs() if line["rank"] is not None}[subject.ranks - 1]
     killed = time.time()
     os.kill(peer, signal.SIGKILL)
     started = ear.wait(
@@ -158,15 +197,16 @@ def _kill_peer(worker: Worker, ear: Ear, url: str, ranks: int) -> tuple[float, d
     return stepped - killed, {**stages, "text encoding, first step": stepped - last}
 
 
-def _load_models(models: Path, ranks: int) -> float:
+def _load_models(subject: _Subject) -> float:
     """Seconds in which as many processes start and load the models."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
-    command = [sys.executable, "-c", _LOAD, str(models)]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(ranks)
-    ]
+    processes = []
+    for rank in range(subject.ranks):
+        device = f"{subject.device}:{rank}" if subject.device == "cuda" else subject.device
+        command = [sys.executable, "-c", _LOAD, device, subject.dtype, *map(str, subject.folders)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        processes.append(process)
     statuses = [process.wait() for process in processes]
     if any(statuses):
         raise RuntimeError("a process could not load the models")
@@ -192,7 +232,7 @@ def _restart_broker(worker: Worker, broker: PrivateBroker) -> tuple[float, float
 
 def _stages_p50(rows: dict[str, list[float]]) -> dict[str, float]:
     names = [*_STAGES, "text encoding, first step"]
-    return {name: round(statistics.median(rows[name]), 2) for name in names}
+    return {name: round(statistics.median(rows[name]), 2) for name in names if rows.get(name)}
 
 
 def _count_consuming(worker: Worker) -> int:
@@ -226,12 +266,12 @@ def _markdown(report: dict[str, Any]) -> str:
         "| recovery | runs | p50 s | max s | floor p50 s | floor max s | p50 / floor |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, name in names.items():
-        row = report["summary"][key]
+    for key, row in report["summary"].items():
         figures = (row[figure] for figure in ("p50", "max", "floor_p50", "floor_max", "ratio_p50"))
-        lines.append("| " + " | ".join(map(str, (name, report["runs"][key], *figures))) + " |")
-    lines += ["", "After a killed peer, p50 of each stage:", "", "| stage | seconds |", "|---|---|"]
-    lines += [f"| {name} | {seconds} |" for name, seconds in report["stages_p50"].items()]
+        lines.append("| " + " | ".join(map(str, (names[key], report["runs"][key], *figures))) + " |")
+    if report["stages_p50"]:
+        lines += ["", "After a killed peer, p50 of each stage:", "", "| stage | seconds |", "|---|---|"]
+        lines += [f"| {name} | {seconds} |" for name, seconds in report["stages_p50"].items()]
     return "\n".join(lines) + "\n"
 
 

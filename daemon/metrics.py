@@ -255,7 +255,7 @@ def _rank_gauges(view: View) -> Iterable[Metric]:
     )
     memory = GaugeMetricFamily(
         "reeld_rank_memory_bytes",
-        "Device memory a rank uses and holds; without a GPU its resident set.",
+        "Device memory a rank uses, holds, and used at most in its last job; without a GPU its resident set.",
         labels=["rank", "kind"],
     )
     silent = {reason.rank for reason in (*view.live, *view.ready) if reason.reason in ("rank_silent", "rank_stalled")}
@@ -267,7 +267,7 @@ def _rank_gauges(view: View) -> Iterable[Metric]:
         age.add_metric([label], rank.progress_age_seconds)
         if rank.stall_limit_seconds is not None:
             limit.add_metric([label], rank.stall_limit_seconds)
-        for kind in ("used", "reserved"):
+        for kind in ("used", "reserved", "peak"):
             with contextlib.suppress(KeyError):  # before the rank has a device
                 memory.add_metric([label, kind], rank.record[f"memory_{kind}_bytes"])
     return known, age, limit, memory

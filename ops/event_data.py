@@ -126,7 +126,8 @@ class RankHealth(_Data):
     steps: int | None = None
     last_progress_age_seconds: float | None = None
     memory_used_bytes: int | None = None
-    memory_reserved_bytes: int | None = None
+    memory_reserved_bytes: int | None = Field(None, description="with what the allocator keeps for later")
+    memory_peak_bytes: int | None = Field(None, description="the most used in this job or, between two, in the last")
 
 
 class Heartbeat(_Data):

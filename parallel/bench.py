@@ -8,6 +8,7 @@ later would look slower than it is. Text encoder and VAE take no part. Leaves ou
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
 
-from parallel.bench_variants import Case, Variant, diffsynth_loop, our_variants, random_dit, resident_variants, sharing
+from parallel.bench_variants import Case, Variant, diffsynth_loop, our_variants, random_dit, resident_variants
 from parallel.card import CardSampler, matmul_tflops, synchronise
 from parallel.forward import shape_of
 from parallel.model import load_dit
@@ -71,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fsdp", action="store_true", help="also with the weights spread over the ranks")
     parser.add_argument("--no-guidance", action="store_true", help="cfg_scale 1: one forward a step")
     parser.add_argument("--float32-reference", action="store_true", help="errors against plain DiffSynth in float32")
+    parser.add_argument("--every-card", action="store_true", help="also one rank's variants on every rank at once")
     parser.add_argument("--tables", type=Path, help="a folder for torch.profiler's tables of rank 0, by variant")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -96,7 +99,7 @@ class _Bench:
         dit = self._dit(dtype)
         variants = resident_variants(dit, case, self._world, compiled=options.compile)
         if options.float32_reference:
-            exact = sharing(dit).float()
+            exact = copy.deepcopy(dit).float()
             self._reference = diffsynth_loop(exact, case, options.steps, model_fn_wan_video)
             del exact
         chosen = self._chosen(case, dit)
@@ -139,9 +142,27 @@ class _Bench:
             for variant in _from(left, number):
                 self._time(variant, rows[variant.name])
                 self._conclude(variant, rows[variant.name], flops)
+        if self._options.every_card and self._world.world_size > 1:
+            for variant in left:
+                if variant.ranks == 1:
+                    rows[variant.name]["seconds_per_step_by_rank"] = self._everywhere(variant)
+                    self._save()
         if self._options.tables is not None:
             for variant in left:
                 self._profile(variant, self._options.tables)
+
+    def _everywhere(self, variant: Variant) -> list[float]:
+        """Called by every rank. A step of one rank's variant on each, all at once: cards of one kind are not alike,
+        and ranks that work together wait for the slowest."""
+        seconds = [0.0] * self._world.world_size
+        variant.run(1)  # compiles, on those that only looked on so far
+        synchronise(self._world.device)
+        self._world.all_true(True)
+        begun = time.perf_counter()
+        variant.run(self._options.steps)
+        synchronise(self._world.device)
+        dist.all_gather_object(seconds, round((time.perf_counter() - begun) / self._options.steps, 4))
+        return seconds
 
     def _warm_up(self, variant: Variant, case: Case, chosen: ParallelDegrees) -> dict[str, Any]:
         """Called by every rank. The first steps: compiles, and gives the latents that are compared."""
@@ -185,6 +206,10 @@ class _Bench:
             row["card"].append(sampler.medians())
             if device.type == "cuda":
                 row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+                # What the allocator holds, for all variants so far, and of that in pieces between others.
+                row["reserved_gib"] = round(torch.cuda.memory_reserved(device) / 2**30, 2)
+                pieces = torch.cuda.memory_stats(device)["inactive_split_bytes.all.current"]
+                row["fragments_gib"] = round(pieces / 2**30, 2)
         self._world.all_true(True)
 
     def _profile(self, variant: Variant, folder: Path) -> None:
@@ -215,7 +240,11 @@ class _Bench:
         row["tflops_per_card"] = round(rate, 2)
         row["fraction_of_matmul_peak"] = round(rate / self._report["matmul_tflops"]["best"], 3)
         print(json.dumps({key: row[key] for key in row if key not in ("shape", "tokens")}), flush=True)
-        self._options.output.write_text(json.dumps(self._report, indent=1))
+        self._save()
+
+    def _save(self) -> None:
+        if self._world.rank == 0:
+            self._options.output.write_text(json.dumps(self._report, indent=1))
 
 
 def _from(variants: Sequence[Variant], begin: int) -> list[Variant]:

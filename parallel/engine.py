@@ -6,6 +6,8 @@ decides to stop (`daemon.coordinator`) and what becomes of the frames (`daemon.v
 """
 
 import gc
+import os
+import resource
 from collections.abc import Callable
 
 import torch
@@ -44,6 +46,8 @@ def generate_frames(
     raise.
     """
     pipeline, steps = model.pipeline, plan.num_inference_steps
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
     model.loras.set(plan.loras)
     progress("encode", 0, steps)
 
@@ -96,12 +100,20 @@ def release_memory(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Memory this rank uses and holds on its device; on the CPU, the process's resident set."""
+    """What of its device's memory this rank uses, what its allocator holds, and the most it used in the last job.
+
+    On the CPU: the process's resident set, and the most that was ever resident.
+    """
     if device.type == "cuda":
         return {
             "memory_used_bytes": torch.cuda.memory_allocated(device),
             "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
         }
     with open("/proc/self/statm") as statm:
-        resident = int(statm.read().split()[1]) * 4096
-    return {"memory_used_bytes": resident, "memory_reserved_bytes": resident}
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "memory_used_bytes": resident,
+        "memory_reserved_bytes": resident,
+        "memory_peak_bytes": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+    }

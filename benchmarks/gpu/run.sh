@@ -3,13 +3,16 @@
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p video-1 video memory daemon unit \
-#       loading
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video memory \
+#       precision+memory fragments pinning daemon unit loading recovery
 set -u
 
 here=$PWD
-# Python's, because not every machine has xz.
-python3 -c 'import tarfile; tarfile.open(".whl/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
+if ! [ /opt/reeld-site -nt .whl/carry.tar.xz ]; then # not there yet, from an earlier command
+    # Python's, because not every machine has xz.
+    python3 -c 'import tarfile; tarfile.open(".whl/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
+    touch /opt/reeld-site
+fi
 site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' /opt/reeld-site "$here" >"$site/reeld-carried.pth"
 scripts=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
@@ -29,8 +32,8 @@ stage() { # NAME SECONDS COMMAND...
 
 bench() { # NAME SECONDS ARGUMENTS...
     name=$1; limit=$2; shift 2
-    stage "$name" "$limit" python3 -m torch.distributed.run --nproc-per-node "$nproc" -m parallel.bench \
-        --output "$OUT/$name.json" --tables "$OUT/$name.tables" "$@"
+    stage "$name" "$limit" python3 -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+        -m parallel.bench --output "$OUT/$name.json" --tables "$OUT/$name.tables" "$@"
     python3 -m benchmarks.gpu.summary "$OUT/$name.json"
 }
 
@@ -49,16 +52,46 @@ video() { # NAME PROFILE ARGUMENTS...
     stage "$video" 280 python3 -m benchmarks.gpu.video --profile "$profile" --model "/tmp/$profile" \
         --output "$OUT/$video.json" "$@"
     grep '^{' "$OUT/$video.log" | cut -c1-1500
-    tail -3 "$OUT/$video.log" | cut -c1-600
+    tail -1 "$OUT/$video.log" | cut -c1-600
 }
 
-memory() { # of a whole job of the 14B at 720p, on one card and on all
+precision() { # against float32
+    bench precision 240 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile --float32-reference \
+        --only diffsynth 'ours 1' ours-compiled
+}
+
+job_memory() { # RANKS ARGUMENTS...: of a whole job of the 14B at 720p
+    ranks=$1; shift
+    video "memory-$ranks" wan2.1-t2v-14b --ranks "$ranks" --shape 720x1280x81 --steps 2 --jobs 1 "$@"
+}
+
+memory() { # on one card, on two, and on all where there are more
+    job_memory 1
+    job_memory 2 --memory fsdp --parallel "ulysses_degree = 2"
+    [ "$nproc" -eq 2 ] || job_memory "$nproc" --memory fsdp
     tests offload 60 tests/unit/test_offload.py
-    few="--shape 720x1280x81 --steps 2 --jobs 1"
-    # shellcheck disable=SC2086 # a list of words
-    video memory-1 wan2.1-t2v-14b --ranks 1 $few
-    # shellcheck disable=SC2086
-    video "memory-$nproc" wan2.1-t2v-14b --ranks "$nproc" --memory fsdp --parallel "ulysses_degree = $nproc" $few
+}
+
+precision_and_memory() { # at once, on four cards: neither is about time
+    (export CUDA_VISIBLE_DEVICES=0,1; nproc=2; precision) &
+    precision=$!
+    model wan2.1-t2v-14b
+    (export CUDA_VISIBLE_DEVICES=2; job_memory 1) &
+    wait "$precision"
+    (export CUDA_VISIBLE_DEVICES=0,1; job_memory 2 --memory fsdp --parallel "ulysses_degree = 2")
+    wait
+    job_memory "$nproc" --memory fsdp
+    tests offload 60 tests/unit/test_offload.py
+}
+
+fragments() { # what the allocator holds under fsdp, with its usual segments and with those that grow
+    for segments in False True; do
+        export PYTORCH_CUDA_ALLOC_CONF="expandable_segments:$segments"
+        bench "fragments-$segments" 120 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
+            --fsdp --only 'ours-compiled fsdp'
+        grep -E '_gib' "$OUT/fragments-$segments.json"
+    done
+    unset PYTORCH_CUDA_ALLOC_CONF
 }
 
 daemon() { # the rows of the fault table that ranks meet, and what only cards can show
@@ -81,28 +114,46 @@ unit() { # the shipped unit with its hardening, on a systemd of its own
 
 loading() { # from a cold disk
     model wan2.1-t2v-1.3b
+    # shellcheck disable=SC2046 # a list of words
     stage loading 200 python3 -m benchmarks.loading --profile wan2.1-t2v-1.3b --model /tmp/wan2.1-t2v-1.3b --runs 2 \
-        --out "$OUT"
-    tail -5 "$OUT/loading.log"
+        --ranks 1 2 $([ "$nproc" -eq 2 ] || echo "$nproc") --out "$OUT"
+    tail -7 "$OUT/loading.log"
+}
+
+recovery() { # after a peer is killed, with a real model
+    model wan2.1-t2v-1.3b
+    stage recovery 200 python3 -m benchmarks.recovery --runs 3 --ranks "$nproc" --only peer \
+        --model /tmp/wan2.1-t2v-1.3b --out "$OUT/recovery"
+    tail -20 "$OUT/recovery.log"
 }
 
 for each in "$@"; do
     case $each in
         smoke) bench smoke 90 --profile tiny-t2v --shape 128x192x33 --compile --fsdp ;;
         profile) stage profile 120 python3 -m benchmarks.gpu.profile_step --output "$OUT" ;;
-        1.3b) bench 1.3b 240 --profile wan2.1-t2v-1.3b --steps 2 --rounds 3 --compile --fsdp ;;
-        14b) bench 14b 330 --profile wan2.1-t2v-14b --steps 1 --rounds 2 --compile --fsdp --only diffsynth \
-            'ours-compiled 1' 'ours-compiled cfg' 'ours-compiled fsdp cfg2' 'ours-compiled fsdp cfg1 ulysses2' ;;
+        # Eager variants on one and two cards; more have too many splits for all of them.
+        # shellcheck disable=SC2046 # a list of words
+        1.3b) bench 1.3b 240 --profile wan2.1-t2v-1.3b --steps 2 --rounds 3 --compile --fsdp \
+            $([ "$nproc" -le 2 ] || echo --only diffsynth ours-compiled) ;;
+        14b) bench 14b 330 --profile wan2.1-t2v-14b --steps 1 --rounds 2 --compile --fsdp --every-card \
+            --only diffsynth ours-compiled ;;
         14b-720p) bench 14b-720p 300 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
-            --only 'diffsynth' 'ours-compiled 1' 'ours-compiled cfg2' 'ours-compiled cfg1 ulysses2' ;;
-        precision) bench precision 240 --profile wan2.1-t2v-1.3b --shape 480x832x9 --steps 2 --rounds 1 --compile \
-            --float32-reference ;;
+            --only 'ours-compiled 1' 'ours-compiled cfg2' "ours-compiled cfg1 ulysses$nproc" ;;
+        i2v-14b) bench i2v-14b 240 --profile wan2.1-i2v-14b-480p --steps 1 --rounds 2 --compile \
+            --only 'ours-compiled 1' 'ours-compiled cfg2' "ours-compiled cfg1 ulysses$nproc" ;;
+        i2v-14b-720p) bench i2v-14b-720p 240 --profile wan2.1-i2v-14b-720p --shape 720x1280x81 --steps 1 --rounds 1 \
+            --compile --only 'ours-compiled 1' 'ours-compiled cfg2' ;;
+        precision) precision ;;
         video) video "video-$nproc" wan2.1-t2v-1.3b --ranks "$nproc" ;;
         video-1) video video-1 wan2.1-t2v-1.3b --ranks 1 ;;
         memory) memory ;;
+        fragments) fragments ;;
+        pinning) stage pinning 90 python3 -m benchmarks.gpu.pinning; cat "$OUT/pinning.log" ;;
+        precision+memory) precision_and_memory ;;
         daemon) daemon ;;
         unit) unit ;;
         loading) loading ;;
+        recovery) recovery ;;
         *) echo "no stage $each"; exit 2 ;;
     esac
 done

@@ -13,31 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_worker import write_real_config
 from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Worker, fresh_vhost, idle, job, publish
-
-CONFIG = """
-pool = "test"
-worker_id = "bench"
-nproc_per_node = {ranks}
-device = "{device}"
-dtype = "bfloat16"
-memory = "{memory}"
-heartbeat_seconds = 0.5
-work_directory = "{folder}/work"
-[parallel]
-{parallel}
-[topology]
-apply = true
-[inputs]
-schemes = ["file"]
-roots = ["{folder}"]
-[output]
-directory = "{folder}/output"
-[[models]]
-profile = "{profile}"
-path = "{model}"
-"""
 
 
 def main() -> None:
@@ -57,8 +35,10 @@ def main() -> None:
     report: dict[str, Any] = {**{name: str(value) for name, value in vars(options).items()}, "jobs": []}
     with tempfile.TemporaryDirectory() as scratch, PrivateBroker(Path(scratch) / "broker") as broker:
         folder = Path(scratch)
-        config = folder / "reeld.toml"
-        config.write_text(CONFIG.format(folder=folder, **vars(options)))
+        config = write_real_config(
+            folder, options.profile, options.model, ranks=options.ranks, device=options.device, memory=options.memory,
+            parallel=options.parallel,
+        )  # fmt: skip
         with fresh_vhost(broker) as url:
             ear = Ear(url)
             begun = time.monotonic()

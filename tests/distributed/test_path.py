@@ -387,7 +387,7 @@ def test_heartbeats_name_every_rank_at_work_and_at_rest(running: Running) -> Non
     assert during, "no heartbeat with both ranks at work while the job ran"
     for rank in during[-1].data["ranks"]:
         assert rank["job_id"] == message["job_id"]
-        assert rank["memory_used_bytes"] > 0
+        assert rank["memory_peak_bytes"] >= rank["memory_used_bytes"] > 0
         assert rank["last_progress_age_seconds"] < 30
 
 
