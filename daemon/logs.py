@@ -38,6 +38,8 @@ RUNTIME_VARIABLE = "REELD_RUNTIME_DIRECTORY"
 READY_MARK = "ready"
 # And this one when a message asked it to drain: if its group fails now, it is not started again.
 DRAIN_MARK = "draining"
+# This one is there while a group warms up: one that finds it knows that the last group broke there.
+WARM_UP_MARK = "warming-up"
 # Where a rank writes the stacks of its threads on STACKS_SIGNAL.
 STACKS_FILE = "stacks-{rank}.txt"
 LAUNCHER_STACKS_FILE = "launcher-stacks.txt"

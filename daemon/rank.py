@@ -24,7 +24,7 @@ from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
-from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, finish_logs
+from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, WARM_UP_MARK, finish_logs
 from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
@@ -218,7 +218,8 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     health.publish = heartbeat
     models = _load(config, world, state, files, on_loaded=measurements.model_loaded)
     context = RankContext(world, models, state, config.limits.outcome_grace_seconds)
-    warm_up(config, context, compiles=_compiles(config, world))
+    mark = Path(runtime) / WARM_UP_MARK if runtime else None
+    warm_up(config, context, compiles=_compiles(config, world), mark=mark)
     storage = Storage(config.output.directory)
     with contextlib.suppress(TransientJobError):  # then the first job says so
         storage.open()

@@ -28,19 +28,27 @@ JOB_ID = "warm-up"
 _SECONDS = 3600.0
 
 
-def warm_up(config: Config, context: RankContext, *, compiles: bool) -> None:
+def warm_up(config: Config, context: RankContext, *, compiles: bool, mark: Path | None) -> None:
     """Called by rank 0, while its peers wait for commands. What fails is logged: the first job will say more.
 
-    Raises GroupBrokenError when the ranks no longer agree.
+    `mark` is there while this runs. A group that finds it does without: what broke the last one would break this one,
+    and so on, and no job would be served. Raises GroupBrokenError when the ranks no longer agree.
     """
     shapes = config.parallel.warm_up
     if shapes == "auto" and not compiles:
         return
+    if mark is not None and mark.exists():
+        log.warning("not_warmed_up", reason="the last group broke while it did")
+        return
+    if mark is not None:
+        mark.touch()
     with tempfile.TemporaryDirectory(prefix="reeld-warm-up-") as scratch:
         for name, model in context.models.items():
             for plan in _plans(model.files.profile, shapes, Path(scratch)):
                 degrees = model.degrees_for(plan, context.world, config.parallel.pinned())
                 _run(replace(plan, **asdict(degrees), tiled=config.parallel.vae == "tiled"), context, name)
+    if mark is not None:
+        mark.unlink()
 
 
 def _run(plan: GenerationPlan, context: RankContext, name: str) -> None:
