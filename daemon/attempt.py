@@ -8,7 +8,7 @@ what the verdict means for the job (`daemon.coordinator`).
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import structlog
@@ -22,6 +22,7 @@ from daemon.errors import (
     TransientJobError,
 )
 from daemon.health import RankState
+from parallel.collectives import place
 from parallel.engine import generate_frames, release_memory
 from parallel.model import LoadedModel
 from parallel.outcome import Stop, outcome_of
@@ -54,7 +55,8 @@ def attempt_plan(
     """Called by every rank, after the command. Returns the frames and the outcomes of all ranks.
 
     Rank 0 always gathers. A peer gathers only when its own part failed: when it went well there is nothing to
-    wait for but the next command. Raises GroupBrokenError when some rank does not report within the grace.
+    wait for but the next command. Raises GroupBrokenError when some rank does not report within the grace, and, on rank
+    0, when the ranks failed at different places: the group cannot go on.
     """
     work = f"{plan.model} {plan.width}x{plan.height}x{plan.num_frames} {[lora.name for lora in plan.loras]}"
 
@@ -67,7 +69,7 @@ def attempt_plan(
         frames = generate_frames(plan, context.models[plan.model], context.world, progress=on_progress, decide=decide)
     except Exception as caught:  # noqa: BLE001  whatever the attempt raised becomes this rank's outcome
         error = caught
-    outcome = outcome_of(error, context.world.rank)
+    outcome = replace(outcome_of(error, context.world.rank), place=place())
     if outcome.code in ("internal", "out_of_memory", "non_finite", "diverged"):
         log.error("attempt_failed", code=outcome.code, message=outcome.message, exc_info=error)
     context.state.set("agreeing", job_id=plan.job_id)
@@ -85,7 +87,16 @@ def attempt_plan(
         raise GroupBrokenError(
             f"{missing} within {grace} s; this rank: {outcome.code or 'ok'}", context.world.reported_outcomes()
         ) from missing
+    if context.world.rank == 0 and not all(each.ok for each in outcomes) and not _stopped_together(outcomes):
+        raise GroupBrokenError("the ranks failed at different places", outcomes)
     return frames, outcomes
+
+
+def _stopped_together(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the ranks had begun the same transfers: one that some began and some did not would be met by the next
+    job's."""
+    places = {outcome.place for outcome in outcomes}
+    return len(outcomes) == 1 or (len(places) == 1 and None not in places)
 
 
 class DivergenceWatch:

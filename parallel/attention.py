@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from parallel import collectives
 from parallel.groups import SplitGroups, all_gather
 from parallel.kernels import choose_kernel
 
@@ -125,7 +126,7 @@ def _all_to_all(packed: torch.Tensor, groups: SplitGroups) -> torch.Tensor:
     if groups.ulysses.handle is None:
         return packed
     received = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, packed.contiguous(), group=groups.ulysses.handle)
+    collectives.all_to_all_single(received, packed.contiguous(), group=groups.ulysses.handle)
     return received
 
 
@@ -133,10 +134,9 @@ def _pass_on(travelling: torch.Tensor, arriving: torch.Tensor, groups: SplitGrou
     ring = groups.ring
     following = dist.get_global_rank(ring.handle, (ring.rank + 1) % ring.size)
     preceding = dist.get_global_rank(ring.handle, (ring.rank - 1) % ring.size)
-    requests: list[dist.Work] = dist.batch_isend_irecv(
+    return collectives.isend_irecv(
         [
             dist.P2POp(dist.isend, travelling, following, ring.handle),
             dist.P2POp(dist.irecv, arriving, preceding, ring.handle),
         ]
     )
-    return requests

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from diffsynth.models.wan_video_vae import AttentionBlock, CausalConv3d, Upsample
 from torch import nn
 
+from parallel.collectives import isend_irecv
+
 ROWS, COLUMNS = -2, -1
 
 
@@ -91,7 +93,7 @@ def exchange(sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple
     """
     operations = [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in sends]
     operations += [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in receives]
-    for work in dist.batch_isend_irecv(operations) if operations else ():
+    for work in isend_irecv(operations):
         work.wait()
 
 

@@ -24,7 +24,7 @@ from parallel.forward import prepare_dit, shape_of
 from parallel.groups import SOLO, SplitGroups
 from parallel.profile import load_profile
 from parallel.rope import RopeTables
-from parallel.sharding import shard_blocks, warm_up_sharding
+from parallel.sharding import shard_blocks
 from parallel.split import ParallelDegrees, possible_degrees
 from parallel.step_cache import StepCache
 from parallel.tiny_registry import register_tiny_models
@@ -82,8 +82,6 @@ def random_dit(profile_name: str, world: World, dtype: torch.dtype, *, sharded: 
     torch.manual_seed(0)
     for name, parameter in dit.named_parameters():
         _fill(name, parameter)
-    if sharded:
-        warm_up_sharding(list(dit.blocks))
     return dit
 
 

@@ -8,9 +8,9 @@ VAE itself (`parallel.vae`) and the video file (`daemon.video`).
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
+from parallel import collectives
 from parallel.bands import ROWS, Bands, cut_bands
 from parallel.conditions import Conditions
 from parallel.outcome import NonFiniteError
@@ -43,28 +43,29 @@ def decode_frames(
     """
     pipeline.load_models_to_device(["vae"])
     height, width = latents.shape[-2:]
-    if tiles is None:
-        bands = cut_bands(height, width, world_size=world.world_size, rank=world.rank)
-        parts = decode_bands(pipeline.vae, latents, bands)
-    else:
-        bands = Bands(dim=ROWS, sizes=(height,), rank=world.rank)
-        parts = _on_rank_0(decode_tiles(pipeline.vae, latents, tiles, world))
     finite = torch.ones((), dtype=torch.int32, device=latents.device)
     frames, begun = None, 0
-    for part in parts:
-        finite *= torch.isfinite(part).all()
-        part.clamp_(-1, 1)
-        piece = gather_bands(quantise(part) if quantised else part, bands)
-        if piece is None:
-            continue
-        if frames is None:
-            shape = (latents.shape[2] * 4 - 3, *piece.shape[-2:], 3)
-            frames = torch.empty(shape, dtype=piece.dtype, pin_memory=latents.is_cuda)
-        ended = begun + piece.shape[2]
-        frames[begun:ended].copy_(piece[0].permute(1, 2, 3, 0).contiguous(), non_blocking=True)
-        begun = ended
+    with collectives.uneven():  # a rank at the edge has fewer neighbours
+        if tiles is None:
+            bands = cut_bands(height, width, world_size=world.world_size, rank=world.rank)
+            parts = decode_bands(pipeline.vae, latents, bands)
+        else:
+            bands = Bands(dim=ROWS, sizes=(height,), rank=world.rank)
+            parts = _on_rank_0(decode_tiles(pipeline.vae, latents, tiles, world))
+        for part in parts:
+            finite *= torch.isfinite(part).all()
+            part.clamp_(-1, 1)
+            piece = gather_bands(quantise(part) if quantised else part, bands)
+            if piece is None:
+                continue
+            if frames is None:
+                shape = (latents.shape[2] * 4 - 3, *piece.shape[-2:], 3)
+                frames = torch.empty(shape, dtype=piece.dtype, pin_memory=latents.is_cuda)
+            ended = begun + piece.shape[2]
+            frames[begun:ended].copy_(piece[0].permute(1, 2, 3, 0).contiguous(), non_blocking=True)
+            begun = ended
     if world.world_size > 1:
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        collectives.all_reduce_min(finite)
     if not finite.item():  # waits for the device, and so for the last copy as well
         raise NonFiniteError(f"the frames hold NaN or infinity (dtype {latents.dtype})")
     return frames

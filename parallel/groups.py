@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from parallel import collectives
 from parallel.split import ParallelDegrees
 
 
@@ -120,5 +120,5 @@ def all_gather(tensor: torch.Tensor, group: Group) -> torch.Tensor:
         return tensor.unsqueeze(0)
     tensor = tensor.contiguous()
     gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor, group=group.handle)
+    collectives.all_gather_into_tensor(gathered, tensor, group=group.handle)
     return gathered.view(group.size, *tensor.shape)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from parallel import collectives
 from parallel.layouts import StoredTensor
 from parallel.world import World
 
@@ -85,7 +85,7 @@ def load_tensors(wanted: Sequence[Wanted], world: World, *, progress: Progress =
             owner = number % world.world_size if is_shared else world.rank
             bytes_ = reader.take(buffers[number % 2]) if owner == world.rank else buffers[number % 2][:size]
             if is_shared:
-                dist.broadcast(bytes_, src=owner)
+                collectives.broadcast(bytes_, source=owner)
             _scatter(block, bytes_)
             if owner == world.rank:
                 reader.go_on()

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffsynth.core.vram.layers import AutoWrappedLinear
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallel import collectives
 from parallel.layouts import LayoutError, read_layout
 from parallel.lora_layout import TARGETS, LayerShapes, LoraError, match_lora
 from parallel.plan import LoraPlan
+from parallel.sharding import let_go
 from parallel.world import World
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -63,6 +64,7 @@ class LoraWeights:
         """`dits`: the DiTs by DiffSynth's names, `dit` and `dit2`."""
         self._world = world
         self._layers = {name: _linear_layers(dit) for name, dit in dits.items()}
+        self._dits = list(dits.values())
         self._cache = _LoraCache(cache_bytes)
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
         self._changed: set[tuple[str, str]] = set()
@@ -92,12 +94,16 @@ class LoraWeights:
         if wanted == self._applied:
             return
         self._applied = None
+        for dit in self._dits:
+            let_go(dit.modules())
         parts = self._fetch(wanted)
         error = self._rewrite(parts)
         if not self._world.all_true(error is None):
             self._rewrite({})  # writes originals into memory that is there: nothing to run out of
             self._applied = ()
             raise error or RuntimeError("another rank could not apply the LoRAs")
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)  # blocks are gathered in streams that do not wait for this one
         self._applied = wanted
 
     def _fetch(self, wanted: Sequence[LoraPlan]) -> dict[tuple[str, str], list[tuple[float, _Factors]]]:
@@ -208,7 +214,7 @@ class _Share:
             whole.copy_(part.view(whole.shape))
             return
         gathered = torch.empty(self.num_shares * part.numel(), dtype=part.dtype, device=whole.device)
-        dist.all_gather_into_tensor(gathered, part.to(whole.device))
+        collectives.all_gather_into_tensor(gathered, part.to(whole.device))
         whole.copy_(gathered[: whole.numel()].view(whole.shape))
 
 

@@ -29,7 +29,7 @@ from parallel.parts import ATTRIBUTES, BuiltModel, build_models
 from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles, ModelPart
 from parallel.rope import RopeTables
-from parallel.sharding import shard_blocks, warm_up_sharding
+from parallel.sharding import shard_blocks
 from parallel.sizes import ModelSizes, sizes_of
 from parallel.split import CPU, CUDA, ParallelDegrees, PinnedDegrees, check_pins, choose_degrees
 from parallel.strategy import MemorySettings
@@ -160,9 +160,7 @@ class _Loader:
         on_host = self._stays_on_host(attribute)
         device = torch.device("cpu") if on_host else self._world.device
         if self._memory.strategy == "fsdp" and attribute in _DITS and self._world.world_size > 1:
-            blocks = list(module.get_submodule("blocks").children())
-            shard_blocks(blocks, self._world)
-            self._finish.append(lambda: warm_up_sharding(blocks))
+            shard_blocks(list(module.get_submodule("blocks").children()), self._world)
         pinned = on_host and self._world.device.type == "cuda"
         for name, destination in _allocate(module, self._dtype, device, pinned=pinned).items():
             path, tensor = stored[built.stored_names[name]]

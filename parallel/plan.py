@@ -125,11 +125,12 @@ def _plan_from(values: dict[str, Any]) -> GenerationPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one rank's part of a job ended. `code` is None when it went well."""
+    """How one rank's part of a job ended. `code` is None when it went well; `place`: `parallel.collectives.place`."""
 
     rank: int
     code: str | None = None
     message: str = ""
+    place: int | None = None
 
     @property
     def ok(self) -> bool:

@@ -6,35 +6,69 @@ of `DiT.forward`. Leaves out the encoder, which works on rank 0 alone.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from parallel import collectives
 from parallel.world import World
+
+
+class _CountedAllGather:
+    """How blocks are gathered, in FSDP's terms: as by default, and counted."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        return collectives.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Blocks(torch.nn.Module):
+    """What FSDP takes for the root of all blocks; nobody calls it to compute anything."""
+
+    def __init__(self, blocks: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self) -> None:
+        pass
 
 
 def shard_blocks(blocks: Sequence[torch.nn.Module], world: World) -> None:
     """Called by every rank, while the blocks are still on the meta device and in their final dtype.
 
-    Afterwards their parameters are shards, with memory on the rank's device that nobody has written to yet.
+    Afterwards their parameters are shards, with memory on the rank's device that nobody has written to yet, and stay
+    where they are.
     """
     mesh = init_device_mesh(world.device.type, (world.world_size,))
+    counted: Any = _CountedAllGather()  # FSDP has no public name for its type
     sharded: list[FSDPModule] = []
     for block in blocks:
-        # Explicitly true: every block is a root of its own, and roots keep their weights by default.
         wrapped: FSDPModule = fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        wrapped.set_custom_all_gather(counted)
         block.to_empty(device=world.device)
         sharded.append(wrapped)
-    share_comm_ctx(sharded)  # one pair of streams and one gathered buffer for all, or each block would keep its own
     for wrapped, following in itertools.pairwise(sharded):
         wrapped.set_modules_to_forward_prefetch([following])
+    # A root's first call makes the streams of all below it. Without one in common each block would be a root and make
+    # its own, and what is gathered in a stream is memory that the allocator never gives to another: the whole DiT.
+    root = _Blocks(blocks)
+    fully_shard(root, mesh=mesh)
+    root()
 
 
-def warm_up_sharding(blocks: Sequence[torch.nn.Module]) -> None:
-    """Called by every rank, once the shards have their weights: FSDP registers the memory they are in now."""
-    for block in blocks:
-        assert isinstance(block, FSDPModule)
-        block.unshard()
-        block.reshard()
+def let_go(modules: Iterable[torch.nn.Module]) -> None:
+    """Called by every rank, before the shards' values change: no block is left gathered, or on its way.
+
+    As an error leaves them: one that was at work, and the next.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.unshard()  # takes what is on its way
+            module.reshard()

@@ -15,6 +15,7 @@ import torch
 from diffsynth.models.wan_video_vae import VideoVAE38_, WanVideoVAE, unpatchify
 
 from parallel.bands import Bands, banded, cut_bands, exchange
+from parallel.collectives import uneven
 from parallel.world import World
 
 
@@ -79,6 +80,7 @@ def decode_tiles(vae: WanVideoVAE, latents: torch.Tensor, tiles: Tiles, world: W
     return blend.result() if blend is not None else None
 
 
+@uneven()
 def encode_shared(
     vae: WanVideoVAE,
     video: torch.Tensor | None,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel import collectives
 from parallel.groups import GroupTable, join_xfuser
 from parallel.plan import Command, Outcome, decode_command, encode_command
 
@@ -124,13 +125,13 @@ class World:
         small = [bytes_ for bytes_ in flat if bytes_.numel() <= COALESCED_BYTES]
         if small:
             together = torch.cat(small)
-            dist.broadcast(together, src=0)
+            collectives.broadcast(together, source=0)
             if self.rank != 0:
                 for own, received in zip(small, together.split([bytes_.numel() for bytes_ in small]), strict=True):
                     own.copy_(received)
         for bytes_ in flat:
             if bytes_.numel() > COALESCED_BYTES:
-                dist.broadcast(bytes_, src=0)
+                collectives.broadcast(bytes_, source=0)
 
     def broadcast_flag(self, flag: int = 0) -> int:
         """Called by every rank, at the same step. Returns rank 0's flag; a few bytes over gloo."""

@@ -20,6 +20,7 @@ from parallel.profile import check_model_folder, load_profile
 from parallel.split import possible_degrees
 from parallel.strategy import MemorySettings
 from parallel.world import join, read_launch
+from tests.distributed.places import check_places
 from tests.distributed.random_dit import random_dit
 
 
@@ -74,6 +75,7 @@ def main() -> None:
             made = generate_frames(
                 command.plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False
             )
+            check_places(world)
             if made is not None:
                 split = f"{degrees.cfg_degree}x{degrees.ulysses_degree}x{degrees.ring_degree}"
                 frames[f"{case['name']}|{split}"] = made.float().contiguous()

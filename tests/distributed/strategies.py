@@ -24,6 +24,7 @@ from parallel.profile import check_model_folder, load_profile
 from parallel.split import PinnedDegrees
 from parallel.strategy import MemorySettings
 from parallel.world import World, join, read_launch
+from tests.distributed.places import check_places
 
 
 def tensors_of(model: LoadedModel) -> dict[str, torch.Tensor]:
@@ -81,6 +82,7 @@ def run(strategy: str, case: dict[str, Any], world: World) -> tuple[dict[str, to
         plan = plan_of(case, loras)
         plan = replace(plan, **asdict(model.degrees_for(plan, world, PinnedDegrees())))
         made = generate_frames(plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False)
+        check_places(world)
         if made is not None:
             frames[f"{strategy} {name}"] = made.contiguous()
     told["same_bits"] = hash_weights(model) == original

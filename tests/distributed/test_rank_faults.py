@@ -150,6 +150,23 @@ def test_row_17_out_of_memory_on_all(running: Running) -> None:
     assert codes == ["out_of_memory"]
 
 
+@pytest.mark.parametrize("ranks", [2])
+def test_row_17_out_of_memory_on_all_but_not_at_one_place(running: Running) -> None:
+    """Out of memory on every rank while they decode, where each has transfers of its own that another may not have
+    begun: failed for good as well, once; then the group starts again, and the next job is clean."""
+    message = job()
+    running.faults.tell(message, "oom", rank=None, module="Decoder3d")
+    before = running.pids()
+    failed = running.do(message)
+    assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
+    assert running.do(job()).name == "succeeded"
+    running.ended_once(message, "failed")
+    assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1, "not tried again"
+    assert not set(before.values()) & set(running.pids().values()), "no rank of the old group goes on"
+    codes = [properties.headers["x-reeld-code"] for properties, _ in take(running.url, "reeld.jobs.test.dead")]
+    assert codes == ["out_of_memory"]
+
+
 @pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1)])
 def test_row_17_out_of_memory_on_one(running: Running, rank: int) -> None:
     """Out of memory on one rank, while the others hang in a collective: the outcome is the same, failed for good

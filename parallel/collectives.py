@@ -1,0 +1,70 @@
+"""What travels between the ranks' devices, counted.
+
+A rank that fails leaves transfers that it began, or that others began and it did not. On a GPU they wait in streams,
+and the next job's would meet them. So every rank counts what it begins, and a group outlives a failure only where all
+counts are the same (`daemon.attempt`). Leaves out the control group, whose messages are awaited on the spot.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _Place:
+    """Where this process is in the order of transfers, which is the same on every rank."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.uneven = False
+
+
+_PLACE = _Place()
+
+
+def place() -> int | None:
+    """How many transfers this rank has begun; None within `uneven`, or if an error has left it."""
+    return None if _PLACE.uneven else _PLACE.begun
+
+
+@contextlib.contextmanager
+def uneven() -> Iterator[None]:
+    """Around work in which each rank has transfers of its own number. What is left by an error stays uneven."""
+    before, _PLACE.uneven = _PLACE.begun, True
+    yield
+    _PLACE.begun, _PLACE.uneven = before + 1, False
+
+
+def all_gather_into_tensor(
+    gathered: torch.Tensor, own: torch.Tensor, *, group: Any = None, async_op: bool = False
+) -> Any:
+    _PLACE.begun += 1
+    return dist.all_gather_into_tensor(gathered, own, group=group, async_op=async_op)
+
+
+def all_to_all_single(received: torch.Tensor, sent: torch.Tensor, *, group: Any) -> None:
+    _PLACE.begun += 1
+    dist.all_to_all_single(received, sent, group=group)
+
+
+def all_reduce_min(tensor: torch.Tensor) -> None:
+    """Over the default group, in place."""
+    _PLACE.begun += 1
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+
+
+def broadcast(tensor: torch.Tensor, *, source: int) -> None:
+    """Over the default group, in place."""
+    _PLACE.begun += 1
+    dist.broadcast(tensor, src=source)
+
+
+def isend_irecv(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
+    """Begins all of them together. Without any, counts nothing."""
+    if not operations:
+        return []
+    _PLACE.begun += 1
+    begun: list[dist.Work] = dist.batch_isend_irecv(list(operations))
+    return begun
