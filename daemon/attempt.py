@@ -95,8 +95,7 @@ def attempt_plan(
 def _stopped_together(outcomes: Sequence[Outcome]) -> bool:
     """Whether the ranks had begun the same transfers: one that some began and some did not would be met by the next
     job's."""
-    places = {outcome.place for outcome in outcomes}
-    return len(outcomes) == 1 or (len(places) == 1 and None not in places)
+    return len({outcome.place for outcome in outcomes}) == 1
 
 
 class DivergenceWatch:

@@ -18,23 +18,23 @@ class _Place:
 
     def __init__(self) -> None:
         self.begun = 0
-        self.uneven = False
 
 
 _PLACE = _Place()
 
 
-def place() -> int | None:
-    """How many transfers this rank has begun; None within `uneven`, or if an error has left it."""
-    return None if _PLACE.uneven else _PLACE.begun
+def place() -> int:
+    """How many transfers this rank has begun."""
+    return _PLACE.begun
 
 
 @contextlib.contextmanager
-def uneven() -> Iterator[None]:
-    """Around work in which each rank has transfers of its own number. What is left by an error stays uneven."""
-    before, _PLACE.uneven = _PLACE.begun, True
+def counted_as_one() -> Iterator[None]:
+    """Around work in which not every rank has a part: afterwards all are at one place again. An error leaves each rank
+    where it was."""
+    before = _PLACE.begun
     yield
-    _PLACE.begun, _PLACE.uneven = before + 1, False
+    _PLACE.begun = before + 1
 
 
 def all_gather_into_tensor(

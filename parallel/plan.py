@@ -130,7 +130,7 @@ class Outcome:
     rank: int
     code: str | None = None
     message: str = ""
-    place: int | None = None
+    place: int = 0
 
     @property
     def ok(self) -> bool:

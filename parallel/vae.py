@@ -15,7 +15,7 @@ import torch
 from diffsynth.models.wan_video_vae import VideoVAE38_, WanVideoVAE, unpatchify
 
 from parallel.bands import Bands, banded, cut_bands, exchange
-from parallel.collectives import uneven
+from parallel.collectives import counted_as_one
 from parallel.world import World
 
 
@@ -80,7 +80,7 @@ def decode_tiles(vae: WanVideoVAE, latents: torch.Tensor, tiles: Tiles, world: W
     return blend.result() if blend is not None else None
 
 
-@uneven()
+@counted_as_one()
 def encode_shared(
     vae: WanVideoVAE,
     video: torch.Tensor | None,

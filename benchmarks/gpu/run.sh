@@ -99,7 +99,7 @@ daemon() { # the rows of the fault table that ranks meet, and what only cards ca
     export TEST_DEVICE=cuda
     tests daemon 400 \
         tests/gpu/test_cards.py "$faults::test_row_14_rank_0_killed[2]" "$faults::test_row_15_peer_killed[2]" \
-        "$faults::test_row_17_out_of_memory_on_all[2]" "$faults::test_row_17_out_of_memory_on_one[2-1]" \
+        "$faults::test_row_17_out_of_memory_on_all[step-2]" "$faults::test_row_17_out_of_memory_on_one[2-1]" \
         "$faults::test_row_18_hung_rank[2-1-hang]" \
         tests/distributed/test_path.py::test_row_27_cancel_of_a_running_and_of_a_queued_job
     tail -40 "$OUT/daemon.log" | cut -c1-400

@@ -135,10 +135,12 @@ def test_row_16_job_that_always_kills(running: Running) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_row_17_out_of_memory_on_all(running: Running) -> None:
-    """Out of memory on every rank: failed for good at this shape, the processes live on, the next job is clean."""
+@pytest.mark.parametrize("where", [{"step": 1}, {"module": "Decoder3d"}], ids=["step", "decode"])
+def test_row_17_out_of_memory_on_all(running: Running, where: dict[str, Any]) -> None:
+    """Out of memory on every rank, in a step or while they decode: failed for good at this shape, the processes live
+    on, the next job is clean."""
     message = job()
-    running.faults.tell(message, "oom", rank=None, step=1)
+    running.faults.tell(message, "oom", rank=None, **where)
     before = running.pids()
     failed = running.do(message)
     assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
@@ -152,14 +154,17 @@ def test_row_17_out_of_memory_on_all(running: Running) -> None:
 
 @pytest.mark.parametrize("ranks", [2])
 def test_row_17_out_of_memory_on_all_but_not_at_one_place(running: Running) -> None:
-    """Out of memory on every rank while they decode, where each has transfers of its own that another may not have
-    begun: failed for good as well, once; then the group starts again, and the next job is clean."""
+    """Out of memory on every rank, on one of them after it began a transfer that the other never did: failed for good
+    as well, once; then the group starts again, and the next job meets nothing of it."""
     message = job()
-    running.faults.tell(message, "oom", rank=None, module="Decoder3d")
+    running.faults.tell(message, "oom", rank=0, module="Decoder3d")
+    running.faults.tell(message, "oom", rank=1, module="isend_irecv")
     before = running.pids()
     failed = running.do(message)
     assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
-    assert running.do(job()).name == "succeeded"
+    following = job()
+    assert running.do(following).name == "succeeded"
+    assert len(running.ear.all(job_id=following["job_id"], name="started")) == 1
     running.ended_once(message, "failed")
     assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1, "not tried again"
     assert not set(before.values()) & set(running.pids().values()), "no rank of the old group goes on"

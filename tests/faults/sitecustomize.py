@@ -6,8 +6,9 @@ that one worker can serve many tests:
     {"id": "a", "rank": 1, "job_id": "...", "module": "DiTBlock", "step": 2, "action": "hang", "times": 1}
 
 `module` is the class of one of DiffSynth's modules and `step` the number of its forward to act before, from 0: of
-DiTBlock's, the denoising step (both branches of a step have its time embedding); of others', the call. `rank` null:
-every rank. `times` null: always; else as often, over all restarts: each time leaves a mark beside the file. Actions:
+DiTBlock's, the denoising step (both branches of a step have its time embedding); of others', the call. "isend_irecv"
+for a module: just after transfers between neighbours have begun, before they are waited for. `rank` null: every rank.
+`times` null: always; else as often, over all restarts: each time leaves a mark beside the file. Actions:
 
     die        SIGKILL to this process                 raise      RuntimeError
     hang       sleeps for ever, in Python              oom        torch.OutOfMemoryError
@@ -16,6 +17,7 @@ every rank. `times` null: always; else as often, over all restarts: each time le
 """
 
 import ctypes
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -24,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +64,16 @@ class _Faults:
                 return  # the other branch of the same step
             self._embedding = embedding
         self._counts[name] = self._counts.get(name, -1) + 1
+        self._meet(name, job_id)
+
+    def after_isend_irecv(self, begin: Callable[..., Any], operations: list[Any]) -> Any:
+        import structlog
+
+        begun = begin(operations)
+        self._meet("isend_irecv", structlog.contextvars.get_contextvars().get("job_id"))
+        return begun
+
+    def _meet(self, name: str, job_id: Any) -> None:
         for fault in json.loads(self._path.read_text()):
             if (
                 fault.get("module", "DiTBlock") == name
@@ -128,9 +140,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
+        import torch.distributed
         from torch.nn.modules.module import register_module_forward_pre_hook
 
         register_module_forward_pre_hook(self._faults.before_forward)
+        begin = torch.distributed.batch_isend_irecv
+        torch.distributed.batch_isend_irecv = functools.partial(self._faults.after_isend_irecv, begin)
         return spec
 
 
