@@ -23,7 +23,7 @@ from daemon.errors import (
 )
 from daemon.health import RankState
 from parallel.collectives import place
-from parallel.engine import generate_frames, release_memory
+from parallel.engine import clean_up, generate_frames
 from parallel.model import LoadedModel
 from parallel.outcome import Stop, outcome_of
 from parallel.plan import GenerationPlan, Outcome
@@ -76,7 +76,7 @@ def attempt_plan(
     context.world.report_outcome(outcome)
     if error is not None:
         del error
-        release_memory(context.world.device)
+        clean_up(context.models[plan.model], context.world.device)
     if outcome.ok and context.world.rank != 0:
         return None, None
     # A peer's end would take rank 0 along, which must settle the job first; it ends the group itself.

@@ -14,57 +14,65 @@ import torch.distributed as dist
 
 
 class _Place:
-    """Where this process is in the order of transfers, which is the same on every rank."""
+    """Where this process is in the order of transfers, which is the same on every rank: one for each that it is about
+    to begin, and one more once it has. An error in between is at a place of its own."""
 
     def __init__(self) -> None:
-        self.begun = 0
+        self.number = 0
 
 
 _PLACE = _Place()
 
 
 def place() -> int:
-    """How many transfers this rank has begun."""
-    return _PLACE.begun
+    """Where this rank is now; to be compared with others' only."""
+    return _PLACE.number
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    _PLACE.number += 1
+    yield
+    _PLACE.number += 1
 
 
 @contextlib.contextmanager
 def counted_as_one() -> Iterator[None]:
     """Around work in which not every rank has a part: afterwards all are at one place again. An error leaves each rank
     where it was."""
-    before = _PLACE.begun
+    before = _PLACE.number
     yield
-    _PLACE.begun = before + 1
+    _PLACE.number = before + 1
 
 
 def all_gather_into_tensor(
     gathered: torch.Tensor, own: torch.Tensor, *, group: Any = None, async_op: bool = False
 ) -> Any:
-    _PLACE.begun += 1
-    return dist.all_gather_into_tensor(gathered, own, group=group, async_op=async_op)
+    with _counted():
+        return dist.all_gather_into_tensor(gathered, own, group=group, async_op=async_op)
 
 
 def all_to_all_single(received: torch.Tensor, sent: torch.Tensor, *, group: Any) -> None:
-    _PLACE.begun += 1
-    dist.all_to_all_single(received, sent, group=group)
+    with _counted():
+        dist.all_to_all_single(received, sent, group=group)
 
 
 def all_reduce_min(tensor: torch.Tensor) -> None:
     """Over the default group, in place."""
-    _PLACE.begun += 1
-    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    with _counted():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
 
 
 def broadcast(tensor: torch.Tensor, *, source: int) -> None:
     """Over the default group, in place."""
-    _PLACE.begun += 1
-    dist.broadcast(tensor, src=source)
+    with _counted():
+        dist.broadcast(tensor, src=source)
 
 
 def isend_irecv(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
     """Begins all of them together. Without any, counts nothing."""
     if not operations:
         return []
-    _PLACE.begun += 1
-    begun: list[dist.Work] = dist.batch_isend_irecv(list(operations))
+    with _counted():
+        begun: list[dist.Work] = dist.batch_isend_irecv(list(operations))
     return begun

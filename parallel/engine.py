@@ -19,6 +19,7 @@ from parallel.inputs import pipeline_arguments
 from parallel.model import LoadedModel
 from parallel.outcome import Stop, StoppedError
 from parallel.plan import GenerationPlan
+from parallel.sharding import let_go
 from parallel.split import ParallelDegrees
 from parallel.step_cache import StepCache
 from parallel.vae import Tiles
@@ -92,8 +93,19 @@ def generate_frames(
     )
 
 
-def release_memory(device: torch.device) -> None:
-    """After a failed attempt: gives cached blocks back, so that the next job starts clean."""
+def clean_up(model: LoadedModel, device: torch.device) -> None:
+    """After a failed attempt, on the ranks that it failed on: the next job finds the model, and the memory, as it was.
+
+    Talks to no other rank.
+    """
+    _empty_caches(device)  # first, because what is on its way wants memory to arrive in
+    for dit in (model.pipeline.dit, model.pipeline.dit2):
+        if dit is not None:
+            let_go(dit.modules())
+    _empty_caches(device)
+
+
+def _empty_caches(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

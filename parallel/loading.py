@@ -48,12 +48,15 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One stored tensor and where it goes on this rank. `shared`: whether every rank wants it."""
+    """One stored tensor and where it goes on this rank. `shared`: whether every rank wants it.
+
+    `destinations` are asked for when its bytes have come, and may wait for memory that is still being made.
+    """
 
     path: Path
     stored: StoredTensor
     shared: bool
-    destinations: tuple[Destination, ...] = ()
+    destinations: Callable[[], Sequence[Destination]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ def _scatter(block: _Block, bytes_: torch.Tensor) -> None:
         if piece.storage_offset() % dtype.itemsize:
             piece = piece.clone()  # a view as another dtype must be aligned; 8-bit tensors may come before it
         elements = piece.view(dtype)
-        for destination in each.destinations:
+        for destination in each.destinations():
             low = max(first, destination.first)
             high = min(first + elements.numel(), destination.first + destination.flat.numel())
             if low < high:

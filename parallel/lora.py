@@ -25,7 +25,6 @@ from parallel import collectives
 from parallel.layouts import LayoutError, read_layout
 from parallel.lora_layout import TARGETS, LayerShapes, LoraError, match_lora
 from parallel.plan import LoraPlan
-from parallel.sharding import let_go
 from parallel.world import World
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -64,7 +63,6 @@ class LoraWeights:
         """`dits`: the DiTs by DiffSynth's names, `dit` and `dit2`."""
         self._world = world
         self._layers = {name: _linear_layers(dit) for name, dit in dits.items()}
-        self._dits = list(dits.values())
         self._cache = _LoraCache(cache_bytes)
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
         self._changed: set[tuple[str, str]] = set()
@@ -94,8 +92,6 @@ class LoraWeights:
         if wanted == self._applied:
             return
         self._applied = None
-        for dit in self._dits:
-            let_go(dit.modules())
         parts = self._fetch(wanted)
         error = self._rewrite(parts)
         if not self._world.all_true(error is None):

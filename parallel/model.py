@@ -5,8 +5,11 @@ and what must be changed in the pipeline for several ranks. Leaves out the check
 and reading (`parts.py`, `loading.py`) and the generation (`engine.py`).
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +146,11 @@ class _Loader:
         self._world = world
         self._memory = memory
         self._dtype: torch.dtype = pipeline.torch_dtype
-        self._wanted: dict[tuple[Path, str], tuple[StoredTensor, bool, list[Destination]]] = {}
+        self._wanted: dict[tuple[Path, str], tuple[StoredTensor, bool, list[_Place]]] = {}
+        # Host memory takes longer to be page-locked (6.5 s for UMT5-XXL) than a warm cache to be read: it is made
+        # while what goes to the devices is read.
+        self._hosted: list[tuple[Future[dict[str, Destination]], Callable[[], dict[str, Destination]]]] = []
+        self._aside = threading.Thread(target=self._allocate_hosted, name="host-memory", daemon=True)
         self._finish: list[Callable[[], None]] = []
         self._offloaded: dict[str, torch.nn.Module] = {}
         self._managed: dict[str, torch.nn.Module] = {}
@@ -161,23 +168,41 @@ class _Loader:
         device = torch.device("cpu") if on_host else self._world.device
         if self._memory.strategy == "fsdp" and attribute in _DITS and self._world.world_size > 1:
             shard_blocks(list(module.get_submodule("blocks").children()), self._world)
-        pinned = on_host and self._world.device.type == "cuda"
-        for name, destination in _allocate(module, self._dtype, device, pinned=pinned).items():
+        names = list(module.state_dict())
+        allocated: Future[dict[str, Destination]] = Future()
+        if on_host:
+            allocate = partial(_allocate, module, self._dtype, device, pinned_for=self._world.device)
+            self._hosted.append((allocated, allocate))
+        else:
+            allocated.set_result(_allocate(module, self._dtype, device))
+        for name in names:
             path, tensor = stored[built.stored_names[name]]
             entry = self._wanted.setdefault((path, tensor.name), (tensor, not alone, []))
-            entry[2].append(destination)
+            entry[2].append((allocated, name))
         self._finish.append(lambda: self._settle(attribute, built.model_class, module, device))
         setattr(self._pipeline, attribute, module)
 
     def wanted(self) -> list[Wanted]:
-        """All that is to be read; the shared ones are the same, and in the same order, on every rank."""
+        """All that is to be read; the shared ones are the same, and in the same order, on every rank.
+
+        After the last `place`: while DiffSynth builds a model, every new parameter of the process is on meta.
+        """
+        self._aside.start()
         return [
-            Wanted(path=path, stored=tensor, shared=shared, destinations=tuple(destinations))
-            for (path, _), (tensor, shared, destinations) in self._wanted.items()
+            Wanted(path=path, stored=tensor, shared=shared, destinations=partial(_destinations, places))
+            for (path, _), (tensor, shared, places) in self._wanted.items()
         ]
+
+    def _allocate_hosted(self) -> None:
+        for allocated, allocate in self._hosted:
+            try:
+                allocated.set_result(allocate())
+            except Exception as error:  # noqa: BLE001  whoever waits for the memory raises it
+                allocated.set_exception(error)
 
     def finish(self) -> None:
         """After the weights are there: what a strategy does with whole models."""
+        self._aside.join()
         for step in self._finish:
             step()
         if self._managed:
@@ -208,10 +233,22 @@ class _Loader:
             self._offloaded[attribute] = module
 
 
+# A tensor's memory: that of its module, which may still be being made, and the tensor's name there.
+_Place = tuple[Future[dict[str, Destination]], str]
+
+
+def _destinations(places: Sequence[_Place]) -> list[Destination]:
+    return [allocated.result()[name] for allocated, name in places]
+
+
 def _allocate(
-    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, *, pinned: bool
+    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, *, pinned_for: torch.device | None = None
 ) -> dict[str, Destination]:
-    """Memory for every tensor of the module's state, and where in it the stored elements go."""
+    """Memory for every tensor of the module's state, and where in it the stored elements go. `pinned_for`: the device
+    that host memory is copied to; page-locked where that is a GPU."""
+    pinned = pinned_for is not None and pinned_for.type == "cuda"
+    if pinned_for is not None and pinned:
+        torch.cuda.set_device(pinned_for)  # this thread's
     destinations: dict[str, Destination] = {}
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in module.state_dict().items():

@@ -16,9 +16,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from parallel import collectives
 from parallel.world import World
 
+# Where a sharded block has its `_Gathering`.
+_GATHERING = "reeld_gathering"
 
-class _CountedAllGather:
-    """How blocks are gathered, in FSDP's terms: as by default, and counted."""
+
+class _Gathering:
+    """How a block is gathered, in FSDP's terms: as by default, and counted."""
+
+    def __init__(self) -> None:
+        self.on_its_way = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -26,7 +32,12 @@ class _CountedAllGather:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
+        self.on_its_way = True
         return collectives.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+    def arrived(self, _block: torch.nn.Module, _inputs: Any) -> None:
+        """A block's forward begins: FSDP has taken what came."""
+        self.on_its_way = False
 
 
 class _Blocks(torch.nn.Module):
@@ -47,11 +58,13 @@ def shard_blocks(blocks: Sequence[torch.nn.Module], world: World) -> None:
     where they are.
     """
     mesh = init_device_mesh(world.device.type, (world.world_size,))
-    counted: Any = _CountedAllGather()  # FSDP has no public name for its type
     sharded: list[FSDPModule] = []
     for block in blocks:
         wrapped: FSDPModule = fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        wrapped.set_custom_all_gather(counted)
+        gathering: Any = _Gathering()  # FSDP has no public name for its type
+        wrapped.set_custom_all_gather(gathering)
+        block.register_forward_pre_hook(gathering.arrived)  # after FSDP's own
+        setattr(block, _GATHERING, gathering)
         block.to_empty(device=world.device)
         sharded.append(wrapped)
     for wrapped, following in itertools.pairwise(sharded):
@@ -64,11 +77,16 @@ def shard_blocks(blocks: Sequence[torch.nn.Module], world: World) -> None:
 
 
 def let_go(modules: Iterable[torch.nn.Module]) -> None:
-    """Called by every rank, before the shards' values change: no block is left gathered, or on its way.
+    """After an error in mid-pass, which leaves a block gathered and the next one on its way: none is, afterwards.
 
-    As an error leaves them: one that was at work, and the next.
+    Or the next pass would run them with these weights, though others have come since, and would gather fewer blocks on
+    this rank than on one whose error came a moment later. Talks to no other rank.
     """
     for module in modules:
-        if isinstance(module, FSDPModule):
-            module.unshard()  # takes what is on its way
+        gathering = getattr(module, _GATHERING, None)
+        if gathering is not None:
+            assert isinstance(module, FSDPModule)
+            if gathering.on_its_way:
+                module.unshard()  # waits for it, and begins nothing
+                gathering.on_its_way = False
             module.reshard()

@@ -84,7 +84,10 @@ precision_and_memory() { # at once, on four cards: neither is about time
     tests offload 60 tests/unit/test_offload.py
 }
 
-fragments() { # what the allocator holds under fsdp, with its usual segments and with those that grow
+fragments() { # how blocks are gathered; what the allocator holds then, with its usual segments and with those that grow
+    stage sharding 60 python3 -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+        -m tests.distributed.sharding_ranks "$OUT/sharding.json"
+    cat "$OUT/sharding.json"
     for segments in False True; do
         export PYTORCH_CUDA_ALLOC_CONF="expandable_segments:$segments"
         bench "fragments-$segments" 120 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from parallel.engine import generate_frames
+from parallel.engine import clean_up, generate_frames
 from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop
 from parallel.plan import GenerationPlan, LoraPlan
@@ -81,12 +81,36 @@ def run(strategy: str, case: dict[str, Any], world: World) -> tuple[dict[str, to
     for name, loras in (("plain", ()), ("lora", (lora,)), ("again", ())):
         plan = plan_of(case, loras)
         plan = replace(plan, **asdict(model.degrees_for(plan, world, PinnedDegrees())))
+        if name == "again":
+            fail_in_mid_step(replace(plan, loras=(lora,)), model, world)
         made = generate_frames(plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO, quantised=False)
         check_places(world)
         if made is not None:
             frames[f"{strategy} {name}"] = made.contiguous()
     told["same_bits"] = hash_weights(model) == original
     return frames, told
+
+
+class _ToldError(Exception):
+    pass
+
+
+def fail_in_mid_step(plan: GenerationPlan, model: LoadedModel, world: World) -> None:
+    """A generation that fails in the first step, on rank 0 before its first block and on the others after theirs."""
+
+    def fail(*_arguments: Any) -> None:
+        raise _ToldError
+
+    block = model.pipeline.dit.blocks[0]
+    hook = block.register_forward_pre_hook(fail) if world.rank == 0 else block.register_forward_hook(fail)
+    try:
+        generate_frames(plan, model, world, progress=lambda *_: None, decide=lambda: Stop.NO)
+    except _ToldError:
+        clean_up(model, world.device)
+    else:
+        raise AssertionError("nothing was raised")
+    finally:
+        hook.remove()
 
 
 def main() -> None:
