@@ -24,7 +24,7 @@ from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
-from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, WARM_UP_MARK, finish_logs
+from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, WARM_UP_MARK, finish_logs, leave_mark
 from daemon.measurements import Measurements
 from daemon.models import check_models
 from daemon.publisher import Publisher
@@ -225,7 +225,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         storage.open()
     coordinator = Coordinator(config, context, consumer, reporter, storage, measurements)
     if runtime:
-        coordinator.on_drain = partial(_mark, Path(runtime) / DRAIN_MARK)
+        coordinator.on_drain = partial(leave_mark, Path(runtime) / DRAIN_MARK)
     _on_signals(drain=coordinator.drain, ready=Path(runtime) / READY_MARK if runtime else None)
     log.info("ready", pool=config.pool_name, broker=redacted(config.broker.resolved_url()))
     reporter.worker("started", about)
@@ -284,11 +284,6 @@ def _on_signals(*, drain: Callable[[str], None], ready: Path | None = None) -> N
     else:
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, handler)
-
-
-def _mark(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not keep anybody from draining
-        path.touch()
 
 
 def _log_step(phase: str, step: int, steps: int) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from daemon.attempt import RankContext, attempt_plan, raise_for_outcomes
 from daemon.config import Config
 from daemon.errors import JobError
+from daemon.logs import leave_mark
 from daemon.planning import round_up
 from parallel.outcome import Stop
 from parallel.plan import Generate, GenerationPlan
@@ -41,14 +42,14 @@ def warm_up(config: Config, context: RankContext, *, compiles: bool, mark: Path 
         log.warning("not_warmed_up", reason="the last group broke while it did")
         return
     if mark is not None:
-        mark.touch()
+        leave_mark(mark)
     with tempfile.TemporaryDirectory(prefix="reeld-warm-up-") as scratch:
         for name, model in context.models.items():
             for plan in _plans(model.files.profile, shapes, Path(scratch)):
                 degrees = model.degrees_for(plan, context.world, config.parallel.pinned())
                 _run(replace(plan, **asdict(degrees), tiled=config.parallel.vae == "tiled"), context, name)
     if mark is not None:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
 
 
 def _run(plan: GenerationPlan, context: RankContext, name: str) -> None:

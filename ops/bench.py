@@ -128,6 +128,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
+    mpl.rcParams["svg.fonttype"] = "none"  # words as words, not as a path for each letter
     from matplotlib import pyplot
 
     panels = [(shape, [row for row in rows if _ran(row)]) for shape, rows in _by_shape(report)]

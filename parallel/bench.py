@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
 
@@ -154,15 +153,14 @@ class _Bench:
     def _everywhere(self, variant: Variant) -> list[float]:
         """Called by every rank. A step of one rank's variant on each, all at once: cards of one kind are not alike,
         and ranks that work together wait for the slowest."""
-        seconds = [0.0] * self._world.world_size
         variant.run(1)  # compiles, on those that only looked on so far
         synchronise(self._world.device)
         self._world.all_true(True)
-        begun = time.perf_counter()
+        begun = time.perf_counter_ns()
         variant.run(self._options.steps)
         synchronise(self._world.device)
-        dist.all_gather_object(seconds, round((time.perf_counter() - begun) / self._options.steps, 4))
-        return seconds
+        nanoseconds = self._world.gather_numbers(time.perf_counter_ns() - begun)
+        return [round(each / 1e9 / self._options.steps, 4) for each in nanoseconds]
 
     def _warm_up(self, variant: Variant, case: Case, chosen: ParallelDegrees) -> dict[str, Any]:
         """Called by every rank. The first steps: compiles, and gives the latents that are compared."""
@@ -206,10 +204,8 @@ class _Bench:
             row["card"].append(sampler.medians())
             if device.type == "cuda":
                 row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-                # What the allocator holds, for all variants so far, and of that in pieces between others.
+                # What the allocator holds, for all variants so far.
                 row["reserved_gib"] = round(torch.cuda.memory_reserved(device) / 2**30, 2)
-                pieces = torch.cuda.memory_stats(device)["inactive_split_bytes.all.current"]
-                row["fragments_gib"] = round(pieces / 2**30, 2)
         self._world.all_true(True)
 
     def _profile(self, variant: Variant, folder: Path) -> None:

@@ -171,7 +171,8 @@ class _Loader:
         names = list(module.state_dict())
         allocated: Future[dict[str, Destination]] = Future()
         if on_host:
-            allocate = partial(_allocate, module, self._dtype, device, pinned_for=self._world.device)
+            gpu = self._world.device if self._world.device.type == "cuda" else None
+            allocate = partial(_allocate, module, self._dtype, device, pinned_for=gpu)
             self._hosted.append((allocated, allocate))
         else:
             allocated.set_result(_allocate(module, self._dtype, device))
@@ -244,10 +245,9 @@ def _destinations(places: Sequence[_Place]) -> list[Destination]:
 def _allocate(
     module: torch.nn.Module, dtype: torch.dtype, device: torch.device, *, pinned_for: torch.device | None = None
 ) -> dict[str, Destination]:
-    """Memory for every tensor of the module's state, and where in it the stored elements go. `pinned_for`: the device
-    that host memory is copied to; page-locked where that is a GPU."""
-    pinned = pinned_for is not None and pinned_for.type == "cuda"
-    if pinned_for is not None and pinned:
+    """Memory for every tensor of the module's state, and where in it the stored elements go. `pinned_for`: the GPU that
+    host memory is page-locked for."""
+    if pinned_for is not None:
         torch.cuda.set_device(pinned_for)  # this thread's
     destinations: dict[str, Destination] = {}
     whole: dict[str, torch.Tensor] = {}
@@ -258,7 +258,7 @@ def _allocate(
             destinations[name] = Destination(flat=local.view(-1), first=rows.start * row)
         else:
             # As DiffSynth does, whatever the stored dtype is.
-            whole[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned)
+            whole[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned_for is not None)
             destinations[name] = Destination(flat=whole[name].view(-1))
     module.load_state_dict(whole, assign=True, strict=False)
     return destinations

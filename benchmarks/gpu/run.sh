@@ -4,7 +4,7 @@
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
 #
 #   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video memory \
-#       precision+memory fragments pinning daemon unit loading recovery
+#       precision+memory sharding offload daemon unit loading recovery
 set -u
 
 here=$PWD
@@ -69,7 +69,6 @@ memory() { # on one card, on two, and on all where there are more
     job_memory 1
     job_memory 2 --memory fsdp --parallel "ulysses_degree = 2"
     [ "$nproc" -eq 2 ] || job_memory "$nproc" --memory fsdp
-    tests offload 60 tests/unit/test_offload.py
 }
 
 precision_and_memory() { # at once, on four cards: neither is about time
@@ -81,20 +80,15 @@ precision_and_memory() { # at once, on four cards: neither is about time
     (export CUDA_VISIBLE_DEVICES=0,1; job_memory 2 --memory fsdp --parallel "ulysses_degree = 2")
     wait
     job_memory "$nproc" --memory fsdp
-    tests offload 60 tests/unit/test_offload.py
 }
 
-fragments() { # how blocks are gathered; what the allocator holds then, with its usual segments and with those that grow
-    stage sharding 60 python3 -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
-        -m tests.distributed.sharding_ranks "$OUT/sharding.json"
-    cat "$OUT/sharding.json"
-    for segments in False True; do
-        export PYTORCH_CUDA_ALLOC_CONF="expandable_segments:$segments"
-        bench "fragments-$segments" 120 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile \
-            --fsdp --only 'ours-compiled fsdp'
-        grep -E '_gib' "$OUT/fragments-$segments.json"
-    done
-    unset PYTORCH_CUDA_ALLOC_CONF
+sharding() { # how blocks are gathered, and what the allocator holds then
+    stage sharding-blocks 60 python3 -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+        -m tests.distributed.sharding_ranks "$OUT/sharding-blocks.json"
+    cat "$OUT/sharding-blocks.json"
+    bench sharding 120 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile --fsdp \
+        --only 'ours-compiled fsdp'
+    grep _gib "$OUT/sharding.json"
 }
 
 daemon() { # the rows of the fault table that ranks meet, and what only cards can show
@@ -150,8 +144,8 @@ for each in "$@"; do
         video) video "video-$nproc" wan2.1-t2v-1.3b --ranks "$nproc" ;;
         video-1) video video-1 wan2.1-t2v-1.3b --ranks 1 ;;
         memory) memory ;;
-        fragments) fragments ;;
-        pinning) stage pinning 90 python3 -m benchmarks.gpu.pinning; cat "$OUT/pinning.log" ;;
+        sharding) sharding ;;
+        offload) tests offload 60 tests/unit/test_offload.py ;;
         precision+memory) precision_and_memory ;;
         daemon) daemon ;;
         unit) unit ;;
