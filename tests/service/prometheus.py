@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -43,6 +44,7 @@ scrape_configs:
         )
         try:
             self.url = f"http://{self._address(Path(self._log.name))}"
+            self._wait_ready()
         except BaseException:
             self.stop()
             raise
@@ -57,6 +59,21 @@ scrape_configs:
             assert self._process.poll() is None, log.read_text()
             time.sleep(0.1)  # a growing file offers no event to wait for
         raise AssertionError(log.read_text())
+
+    def _wait_ready(self, timeout: float = 60) -> None:
+        """It listens before its storage is open, and answers every question with 503 until then."""
+        deadline = time.monotonic() + timeout
+        while not self._is_ready():
+            assert time.monotonic() < deadline, Path(self._log.name).read_text()
+            time.sleep(0.1)  # only its answer says so
+
+    def _is_ready(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
+        except urllib.error.HTTPError as error:
+            with error:
+                return False
+        return True
 
     def ask(self, path: str, **parameters: str) -> Any:
         with urllib.request.urlopen(f"{self.url}{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as response:
