@@ -10,7 +10,6 @@ import faulthandler
 import fcntl
 import json
 import logging
-import logging.handlers
 import os
 import socket
 import sys
@@ -25,6 +24,7 @@ import structlog
 
 from daemon import __version__
 from daemon.events import now
+from daemon.log_file import LogFile
 from daemon.signals import STACKS_SIGNAL
 
 LOCK_VARIABLE = "REELD_LOG_LOCK"
@@ -144,8 +144,7 @@ def setup_logs(
     """Sets up the logs of this process. Call it once, first, before anything heavy is imported.
 
     `format_` is json, console, or auto (console on a terminal). `rank` is None in the launcher. With a `directory` the
-    same events also go, as JSON, to a file there, which may be moved away while it is written. Raises OSError when
-    that file cannot be opened.
+    same events also go, as JSON, to a file there (`daemon.log_file`). Raises OSError when that file cannot be opened.
     """
     global _capture
     # Under the launcher, fd 2 of a rank is the launcher's pipe.
@@ -191,19 +190,17 @@ def setup_logs(
         foreign_pre_chain=shared, processors=for_people if console else as_json
     )
 
+    def say(event: str, level: str, **fields: object) -> None:
+        """A line past the handlers, of a fault in them."""
+        line = {"timestamp": now(), "level": level, "event": event, "logger": "logs", **fixed, **fields}
+        writer.write(json.dumps(line))
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             try:
                 writer.write(self.format(record))
             except Exception as error:  # noqa: BLE001  a log call must never end the work; the fault itself is logged
-                fallback = {
-                    "timestamp": now(),
-                    "level": "error",
-                    "event": "log_failed",
-                    "logger": "logs",
-                    **fixed,
-                }
-                writer.write(json.dumps({**fallback, "text": repr(error)}))
+                say("log_failed", "error", text=repr(error))
 
     handler = Handler()
     handler.setFormatter(formatter)
@@ -212,7 +209,7 @@ def setup_logs(
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         name = "launcher" if rank is None else f"rank-{rank}"
-        file_handler = logging.handlers.WatchedFileHandler(directory / f"{name}.jsonl", encoding="utf-8")
+        file_handler = LogFile(directory / f"{name}.jsonl", say)
         file_handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=as_json))
         root.addHandler(file_handler)
     root.setLevel(_LEVELS[level])

@@ -146,6 +146,44 @@ print(number)
     assert len(list(directory.glob("*.gz"))) >= 2
 
 
+def test_a_full_disk_or_a_missing_folder_costs_the_file_its_lines_and_nobody_else(tmp_path: Path) -> None:
+    """What cannot be written to the file is said once in the log itself, and the file goes on once it can."""
+    script = """
+import shutil, sys
+from pathlib import Path
+from daemon.logs import finish_logs, setup_logs
+directory = Path(sys.argv[1])
+file = directory / "rank-0.jsonl"
+directory.mkdir()
+file.symlink_to("/dev/full")
+setup_logs(format_="json", level="info", rank=0, local_rank=0, world_size=1, capture=True, directory=directory)
+import structlog
+log = structlog.get_logger("writer")
+def say(what, count):
+    for number in range(count):
+        log.info("line", what=what, number=number)
+say("full", 50)
+file.unlink()
+say("space", 2)
+shutil.rmtree(directory)
+say("gone", 50)
+directory.mkdir()
+say("back", 2)
+finish_logs()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "ranks")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    assert Counter(each["what"] for each in records if each["event"] == "line") == {
+        "full": 50, "space": 2, "gone": 50, "back": 2,
+    }  # fmt: skip
+    said = [(each["event"], each.get("lines_lost")) for each in records if each["event"] != "line"]
+    lost = [("log_file_failed", None), ("log_file_resumed", 50)]
+    assert said == [*lost, *lost]
+    text = (tmp_path / "ranks/rank-0.jsonl").read_text()
+    assert [json.loads(line)["what"] for line in text.splitlines() if line] == ["back", "back"]
+
+
 def test_a_job_costs_three_lines_however_long_it_is(service: Service, printed: list[str]) -> None:
     """At info no step is logged: a job of 40 steps says as much as one of 4, under 2 KB."""
     assert printed
