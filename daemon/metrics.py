@@ -232,11 +232,13 @@ class _Now(Collector):
         yield _gauge("reeld_draining", "1 while it finishes its last job.", draining)
         yield _gauge("reeld_jobs_in_flight", "Deliveries taken and not settled.", view.service.get("in_hand", 0))
         connected = GaugeMetricFamily(
-            "reeld_broker_connected", "1 while the connection is of use.", labels=["connection"]
+            "reeld_broker_connected",
+            "1 while the connection is of use; absent until rank 0 has loaded, and consumes.",
+            labels=["connection"],
         )
-        for connection in ("consumer", "publisher"):
-            known = view.service.get(connection)
-            connected.add_metric([connection], float(known is not None and not known["trouble"]))
+        if view.service.get("serving"):
+            for connection in ("consumer", "publisher"):
+                connected.add_metric([connection], float(not view.service[connection]["trouble"]))
         yield connected
         yield from _rank_gauges(view)
 

@@ -1,11 +1,13 @@
 """The verdict over what the launcher knows of its group."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemon.config import Config
 from daemon.group_watch import Look
+from daemon.metrics import Metrics
 from daemon.stall import Stall
 from daemon.vitals import Vitals
 
@@ -92,3 +94,19 @@ def test_the_track_nearest_to_its_limit_stands_for_a_rank() -> None:
     vitals.group_started(Watch([{**busy, "silent": 3.0}]))  # type: ignore[arg-type]  # it only looks
     (rank,) = vitals.view().ranks
     assert (rank.progress_age_seconds, rank.stall_limit_seconds) == (53.0, 60.0)
+
+
+def test_connections_are_judged_once_rank_0_serves(tmp_path: Path) -> None:
+    """While it loads, its consumer has not tried yet: no metric says that the broker were gone."""
+    vitals = Vitals(CONFIG, 1)
+    metrics = Metrics(CONFIG, vitals, tmp_path, world_size=1)
+    untried = {"trouble": "disconnected", "status": "not connected yet"}
+    service = {**SERVICE, "serving": False, "consumer": untried}
+    for serving, lines in (
+        (False, []),
+        (True, ['reeld_broker_connected{connection="consumer"} 0.0']),
+    ):
+        known = record(0, "idle" if serving else "loading", step=5, steps=10, service={**service, "serving": serving})
+        vitals.group_started(Watch([known]))  # type: ignore[arg-type]  # it only looks
+        said = metrics.render(None)[0].decode().splitlines()
+        assert [line for line in said if line.startswith('reeld_broker_connected{connection="consumer"}')] == lines
