@@ -102,6 +102,8 @@ class Consumer:
         self._channel: BlockingChannel | None = None
         self._generation = 0
         self._in_hand: set[tuple[int, int]] = set()
+        self._jobs_tag: str | None = None  # of the job queue's consumer, while the broker may push to it
+        self._draining = False
         self._stop = threading.Event()
         self._cancelled_by_broker = False
         self._served_before = False
@@ -146,6 +148,11 @@ class Consumer:
         self._in_hand.discard(delivery.key)
         return True
 
+    def drain(self) -> None:
+        """Takes no more jobs. Those in hand are settled as ever. Safe in a signal handler, so it only sets a flag:
+        pika's add_callback_threadsafe takes a lock that the interrupted thread may hold."""
+        self._draining = True
+
     def stop(self, *, timeout_seconds: float = 10) -> None:
         """Settles what is pending, closes the connection and ends the thread. Unacked deliveries go back."""
         self._stop.set()
@@ -165,6 +172,8 @@ class Consumer:
                 if delivery.generation != self._generation or channel is None or not channel.is_open:
                     log.warning("stale_delivery", wanted=what, reason="its channel is gone; the broker redelivers it")
                     return
+                if self._draining:
+                    self._cancel_jobs(channel)  # first: settling makes room, and the broker would push the next job
                 settle(channel)
                 log.debug("delivery_settled", how=what, delivery_tag=delivery.delivery_tag)
             except LOST as error:
@@ -240,7 +249,11 @@ class Consumer:
         channel = self._channel = self._open_channel(connection)
         self._connection = connection
         while not self._stop.is_set():
-            if not self.consuming.is_set():
+            if self._draining:
+                self._cancel_jobs(channel)
+                self.status = "connected; consumes no more, as it drains"
+                self.trouble = None
+            elif not self.consuming.is_set():
                 if self._in_hand:
                     self.status = "connected; consumes again once the job in hand is settled"
                     self.trouble = None
@@ -253,10 +266,12 @@ class Consumer:
             if self._cancelled_by_broker:
                 raise pika.exceptions.ConsumerCancelled
         self._drain_callbacks(connection)
+        self._cancel_jobs(channel)
 
     def _open_channel(self, connection: Connection) -> BlockingChannel:
         self._generation += 1
         self._cancelled_by_broker = False
+        self._jobs_tag = None
         channel = connection.channel()
         channel.basic_qos(prefetch_count=self._broker.prefetch_count)
         channel.add_on_cancel_callback(self._on_cancel)
@@ -268,7 +283,7 @@ class Consumer:
 
     def _consume_jobs(self, channel: BlockingChannel) -> None:
         try:
-            channel.basic_consume(self._topology.jobs_queue, self._on_delivery)
+            self._jobs_tag = channel.basic_consume(self._topology.jobs_queue, self._on_delivery)
         except pika.exceptions.ChannelClosedByBroker as error:
             raise ConfigError(
                 f"queue {self._topology.jobs_queue}: {error.reply_text}; run `reeld topology apply`"
@@ -279,6 +294,13 @@ class Consumer:
         self.trouble = None
         self.consuming.set()
         log.info("consuming", queue=self._topology.jobs_queue)
+
+    def _cancel_jobs(self, channel: BlockingChannel) -> None:
+        """Ends the job queue's consumer. Each job that the broker pushed to a worker that leaves counts as a delivery
+        of it; closing the connection alone would take the next one, and give it back, up to twice."""
+        tag, self._jobs_tag = self._jobs_tag, None
+        if tag is not None:
+            channel.basic_cancel(tag)
 
     def _on_topology_error(self, error: ConfigError) -> None:
         """Before the first job is consumed this ends the process; later only when nobody mends it for a while.

@@ -98,6 +98,7 @@ class Coordinator:
 
     def drain(self, reason: str) -> None:
         """Finish the job in hand and stop. A second signal: hand the job back at once. Safe in a signal handler."""
+        self._consumer.drain()
         self._asked.drain(reason)
         self._consumer.deliveries.put(None)
         self._answer_drain()
