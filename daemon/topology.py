@@ -145,7 +145,8 @@ class Topology:
             Binding(self.jobs_exchange, self.jobs_queue, self.pool),
             Binding(self.dead_exchange, self.dead_queue, self.pool),
             Binding(self.unrouted, self.unrouted_terminal, "", to_exchange=True),
-            *(Binding(self.unrouted_terminal, self.unrouted, f"job.*.{name}") for name in TERMINAL),
+            # Not `job.*`: a job's id may have dots.
+            *(Binding(self.unrouted_terminal, self.unrouted, f"job.#.{name}") for name in TERMINAL),
         ]
 
     def plan_lines(self) -> list[str]:

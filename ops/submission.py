@@ -99,7 +99,7 @@ def submit(
         print(job_id)
         return
     # Bound before the job is published, so that no event can be missed.
-    with EventStream(broker, [f"job.{job_id}.#"]) as stream:
+    with EventStream(broker, [f"job.{job_id}.*"]) as stream:
         publish_job(broker, pool=pool, body=body, message_id=job_id)
         print(job_id, flush=True)
         _finish(job_id, _follow(stream, job_id, timeout_seconds))

@@ -18,7 +18,7 @@ def routing_keys(job_id: str | None, *, worker: bool) -> list[str]:
     """What to bind: everything, one job, or the workers."""
     keys = []
     if job_id is not None:
-        keys.append(f"job.{job_id}.#")
+        keys.append(f"job.{job_id}.*")
     if worker:
         keys.append("worker.#")
     return keys or ["#"]

@@ -264,6 +264,16 @@ def test_submit_wait_follows_the_job_to_its_end(
     assert said in (out if status == 0 else err.splitlines()[-1])
 
 
+def test_submit_wait_is_not_ended_by_a_job_whose_id_begins_like_its_own(settings: BrokerConfig) -> None:
+    arguments = ("submit", "--pool", POOL, "--prompt", "a fox", "--job-id", "fox", "--wait", "--timeout", "30")
+    with reeld(*arguments, url=settings.url) as process:
+        assert line_of(process.stdout) == "fox"
+        send(settings.url, job_event("cancelled", job_id="fox.1", worker_id="w", data={}))
+        send(settings.url, job_event("succeeded", job_id="fox", worker_id="w", data={"result": RESULT}))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+
+
 def test_submit_wait_gives_up_after_its_timeout(settings: BrokerConfig) -> None:
     arguments = ("submit", "--pool", POOL, "--prompt", "a fox", "--wait", "--timeout", "0.5")
     with reeld(*arguments, url=settings.url) as process:

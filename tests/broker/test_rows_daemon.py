@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_row_23_unroutable_terminal_event_is_kept(daemon: DaemonUnderFault) -> N
     channel = connection.channel()
     channel.queue_unbind(AUDIT, TOPOLOGY.status_exchange, "job.#")
     try:
-        job_id = daemon.publish(job())
+        job_id = daemon.publish(job(job_id=f"fox.{uuid.uuid4()}"))
         daemon.worker.wait_log("event_unrouted", kept_in=TOPOLOGY.unrouted, routing_key=f"job.{job_id}.succeeded")
         daemon.worker.wait_log("job_succeeded", job_id=job_id)
     finally:

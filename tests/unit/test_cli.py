@@ -249,8 +249,8 @@ def test_an_unexpected_error_is_not_hidden() -> None:
 
 def test_watch_binds_what_was_asked_for() -> None:
     assert routing_keys(None, worker=False) == ["#"]
-    assert routing_keys("a", worker=False) == ["job.a.#"]
-    assert routing_keys("a", worker=True) == ["job.a.#", "worker.#"]
+    assert routing_keys("a", worker=False) == ["job.a.*"]
+    assert routing_keys("a", worker=True) == ["job.a.*", "worker.#"]
 
 
 def test_events_are_described_in_one_line_each() -> None:
