@@ -3,6 +3,7 @@
 Owns the translation of reeld's errors to exit statuses. Leaves out the errors (`daemon.errors`).
 """
 
+import os
 import sys
 
 from daemon.errors import (
@@ -33,13 +34,40 @@ class JobFailedError(FatalError):
 
 
 def report(error: Exception) -> int:
-    """Prints an expected error, each line behind `reeld: `, and returns its status. Raises any other."""
+    """Prints an expected error, each line behind `reeld: `, and returns its status. Raises any other.
+
+    Into the journal each line goes as `reeld run` logs a fatal one: whoever parses its logs need not know that it had
+    not begun.
+    """
     status = _status(error)
     if status is None:
         raise error
-    for line in str(error).splitlines() or [type(error).__name__]:
-        print(f"reeld: {line}", file=sys.stderr)
+    lines = str(error).splitlines() or [type(error).__name__]
+    if _writes_to_journal():
+        _log_fatal(lines, int(status))
+    else:
+        for line in lines:
+            print(f"reeld: {line}", file=sys.stderr)
     return int(status)
+
+
+def _writes_to_journal() -> bool:
+    """As systemd.exec(5) says: $JOURNAL_STREAM is inherited by whoever has another stderr by now."""
+    try:
+        about = os.fstat(2)
+    except OSError:  # closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
+
+
+def _log_fatal(lines: list[str], status: int) -> None:
+    import structlog
+
+    from daemon.logs import setup_logs
+
+    setup_logs(format_="json", level="info", rank=None, local_rank=None, world_size=None, capture=False)
+    for line in lines:
+        structlog.get_logger("process").critical("fatal", reason=line, exit_status=status)
 
 
 def _status(error: Exception) -> ExitStatus | None:

@@ -4,9 +4,10 @@ They run in mount and process namespaces of their own, where /run and /var/log a
 touched, and all end with the test. Needs root, as the tests of the unit do.
 """
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.service.tools import LIBRARIES, ROOT, TOOLS, tool, tool_environment
@@ -46,21 +47,64 @@ def _syslog_ng(folder: Path) -> list[str]:
     return [tool("syslog-ng"), "--foreground", "--no-caps", f"--cfgfile={config}", *state, f"--module-path={modules}"]
 
 
-def run_pipeline(
+class Pipeline:
+    """A journald and a logger that run, and what the logger writes under /var/log/reeld."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
+        self._folder = folder
+        self._process = process
+
+    def found(self) -> dict[str, list[str]]:
+        """The lines of each file."""
+        # Not splitlines(), which also takes a separator within a line for an end.
+        files = sorted((self._folder / "log/reeld").glob("*.*"))
+        return {path.name: path.read_text().split("\n")[:-1] for path in files}
+
+    def wait_lines(self, expected: int, *, timeout: float = 60) -> dict[str, list[str]]:
+        """What is found once there are so many lines in all, or when the time is up."""
+        deadline = time.monotonic() + timeout
+        while sum(map(len, (found := self.found()).values())) < expected and time.monotonic() < deadline:
+            assert self._process.poll() is None, (self._folder / "output").read_text()
+            time.sleep(0.1)  # a growing file offers no event to wait for
+        return found
+
+    def feed(self, line: str) -> None:
+        """One more line that reeld prints."""
+        self._run("systemd-cat", "--identifier=reeld", given=f"{line}\n")
+
+    def logrotate(self, logger: str) -> None:
+        """Runs the real one by our configuration, with a systemctl that knows the logger's unit and no other."""
+        programs = self._folder / "bin"
+        programs.mkdir()
+        (programs / "systemctl").write_text(
+            f'#!/bin/sh\n[ "$*" = "kill -s HUP {logger}.service" ] && kill -s HUP "$(cat {self._folder}/pid)"\n'
+        )
+        (programs / "systemctl").chmod(0o755)
+        config = self._folder / "logrotate.conf"
+        config.write_text((LOGS / "logrotate.conf").read_text())
+        config.chmod(0o644)
+        state = f"--state={self._folder}/state"
+        self._run("env", f"PATH={programs}:/usr/bin:/bin", "/usr/sbin/logrotate", "--force", state, str(config))
+
+    def _run(self, *command: str, given: str = "") -> None:
+        unshare = self._process.pid
+        leader = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().strip()
+        enter = ["nsenter", "--target", leader, "--mount", "--pid", "--"]
+        done = subprocess.run([*enter, *command], input=given, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def pipeline(
     logger: str,
     folder: Path,
     *,
     journal: Sequence[str] = (),
     files: Sequence[Path] = (),
-    expected: int,
     drop_in: bool = True,
-    timeout: float = 60,
-) -> dict[str, list[str]]:
-    """The lines of each file that the logger has written under /var/log/reeld, once there are `expected` of them.
-
-    `journal`: lines that reeld prints, `files`: its own files, put into /var/log/reeld/ranks. Fewer lines come back
-    when the time is up. `drop_in`: whether journald has our configuration.
-    """
+) -> Iterator[Pipeline]:
+    """`journal`: lines that reeld prints, `files`: its own files, put into /var/log/reeld/ranks. `drop_in`: whether
+    journald has our configuration."""
     folder.mkdir()
     log = folder / "log"
     ranks = log / "reeld/ranks"
@@ -80,13 +124,20 @@ def run_pipeline(
             stderr=subprocess.STDOUT,
         )
         try:
-            deadline = time.monotonic() + timeout
-            while True:
-                # Not splitlines(), which also takes a separator within a line for an end.
-                found = {path.name: path.read_text().split("\n")[:-1] for path in sorted((log / "reeld").glob("*.*"))}
-                if sum(map(len, found.values())) >= expected or time.monotonic() > deadline:
-                    return found
-                assert process.poll() is None, (folder / "output").read_text()
-                time.sleep(0.1)  # a growing file offers no event to wait for
+            yield Pipeline(folder, process)
         finally:
             process.communicate(b"\n", timeout=30)
+
+
+def run_pipeline(
+    logger: str,
+    folder: Path,
+    *,
+    journal: Sequence[str] = (),
+    files: Sequence[Path] = (),
+    expected: int,
+    drop_in: bool = True,
+) -> dict[str, list[str]]:
+    """The lines of each file that the logger has written, once there are `expected` of them or the time is up."""
+    with pipeline(logger, folder, journal=journal, files=files, drop_in=drop_in) as running:
+        return running.wait_lines(expected)

@@ -1,6 +1,7 @@
 """Logs on their way into a pipeline: what a real worker printed, through real loggers, no line unparsed or lost."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness import job
-from tests.service.log_pipeline import LOGS, run_pipeline
+from tests.service.log_pipeline import LOGS, pipeline, run_pipeline
 from tests.service.running import Service
 from tests.service.tools import ROOT
 
@@ -101,7 +102,7 @@ def test_logrotate_loses_no_line(tmp_path: Path) -> None:
     """Real logrotate, four times while a process writes its file: every line is in one of the files, once and whole."""
     directory = tmp_path / "ranks"
     config = tmp_path / "logrotate.conf"
-    config.write_text((LOGS / "logrotate.conf").read_text().replace("/var/log/reeld/ranks", str(directory)))
+    config.write_text((LOGS / "logrotate.conf").read_text().replace("/var/log/reeld", str(tmp_path)))
     config.chmod(0o644)
     script = """
 import sys, threading, time
@@ -133,7 +134,8 @@ print(number)
         assert writer.poll() is None
         if current.exists() and current.stat().st_size:
             command = ["/usr/sbin/logrotate", "--force", "--state", str(tmp_path / "state"), str(config)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            # Without systemctl: this machine's logger shall hear nothing of it.
+            done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=30)
             # Twice within a second it refuses: the new name is taken.
             assert done.returncode == 0 or "already exists" in done.stderr, done.stderr
             rotated = len(list(directory.glob("rank-0.jsonl-*")))
@@ -144,6 +146,31 @@ print(number)
         numbers += [json.loads(line)["number"] for line in text.splitlines()]
     assert sorted(numbers) == list(range(int(written)))
     assert len(list(directory.glob("*.gz"))) >= 2
+
+
+@pytest.mark.parametrize("logger", ["rsyslog", "syslog-ng"])
+def test_logrotate_tells_the_logger(logger: str, tmp_path: Path) -> None:
+    """What rsyslog or syslog-ng writes is rotated as well: it goes on in new files, and no line is lost."""
+
+    def lines(number: int) -> list[str]:
+        return [*(json.dumps({"rank": rank, "number": number}) for rank in (None, 0)), f"plain {number}"]
+
+    names = {"launcher.jsonl", "rank-0.jsonl", "unparsed.log"}
+    with pipeline(logger, tmp_path / "p", journal=lines(0)) as running:
+        assert set(running.wait_lines(3)) == names
+        running.logrotate(logger)
+        assert not names & set(running.found())
+        for number in range(1, 20):  # the first may still go to the old files: a signal is not waited for
+            for line in lines(number):
+                running.feed(line)
+            found = running.wait_lines(3 * (number + 1))
+            if names < set(found):
+                break
+    assert names < set(found)
+    for name in names:
+        old = next(file for file in found if file.startswith(f"{name}-"))
+        numbers = re.findall(r'(?:"number": ?|plain )(\d+)', "\n".join(found[old] + found[name]))
+        assert numbers == [str(each) for each in range(number + 1)]
 
 
 def test_a_full_disk_or_a_missing_folder_costs_the_file_its_lines_and_nobody_else(tmp_path: Path) -> None:
