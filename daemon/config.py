@@ -241,7 +241,10 @@ class Config(BaseSettings):
         "forkserver",
         description="forkserver: ranks are forked from one process that imported all; spawn: each imports",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto: the GPUs that torch finds, or else the CPU; cuda refuses to start without a GPU",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     memory: Literal["resident", "encoder_offload", "fsdp", "vram_limit"] = Field(
         "resident", description="where the weights are; docs/memory.md says what each costs"

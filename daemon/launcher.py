@@ -40,6 +40,7 @@ from daemon.rank_processes import LAUNCHER_VARIABLE, exit_statuses, kill_fork_se
 from daemon.service_state import ServiceState
 from daemon.signals import DRAIN_SIGNAL
 from daemon.vitals import Vitals
+from daemon.writable import write_into
 from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
@@ -53,15 +54,18 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _LEAVE_SECONDS = 30.0
 
 
-def check(config: Config) -> list[ModelFiles]:
-    """Everything that can be validated without the broker and the GPUs. Raises ConfigError."""
+def check(config: Config, *, make_folders: bool = False) -> list[ModelFiles]:
+    """Everything that can be validated without the broker and the GPUs. Raises ConfigError.
+
+    Without `make_folders` nothing is made: who only asks may be root, and the worker somebody else.
+    """
     files = check_models(config)
     config.broker.resolved_url()
     for directory in filter(None, (config.output.directory, config.work_directory, config.log.directory)):
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
+            if make_folders:
+                directory.mkdir(parents=True, exist_ok=True)
+            write_into(directory)
         except OSError as error:
             raise ConfigError(f"{directory}: not writable: {error.strerror}") from error
     return files
@@ -70,7 +74,7 @@ def check(config: Config) -> list[ModelFiles]:
 def run(config: Config, config_path: Path | None) -> int:
     """Runs the ranks until they are drained. Returns the exit status. Raises ConfigError before anything starts."""
     notifier = Notifier.from_environment()
-    check(config)
+    check(config, make_folders=True)
     nproc = _resolve_nproc(config)
     with tempfile.TemporaryDirectory(prefix="reeld-") as runtime:
         format_ = log_format_for_ranks(config.log.format)

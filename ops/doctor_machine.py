@@ -6,14 +6,16 @@ asked in a process of its own.
 
 import ctypes
 import json
+import os
+import pwd
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from daemon.config import Config
+from daemon.writable import write_into
 from ops.ages import size_text
 from ops.finding import Finding, output_of
 
@@ -21,6 +23,8 @@ _FREE_DISK_BYTES = 1 << 30
 _SHARED_BYTES = 1 << 30
 _BUSY_BYTES = 1 << 30
 _TIME_ERROR = 5  # sys/timex.h: the kernel's clock is not synchronised
+# Of systemd/reeld@.service.
+_SERVICE_USER = "reeld"
 _GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version", "ecc.errors.uncorrected.volatile.total")
 
 
@@ -34,22 +38,33 @@ def examine_machine(config: Config | None, *, with_torch: bool) -> Iterator[Find
         yield from _torch(config)
 
 
-def examine_directory(name: str, directory: Path) -> Finding:
-    """Writes a file where the worker will."""
-    place = directory
-    while not place.exists() and place != place.parent:
-        place = place.parent
+def examine_directory(name: str, directory: Path, *, user: str = _SERVICE_USER) -> Finding:
+    """Writes a file where the worker will. Root, who may write anywhere, asks for the service's user as well."""
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".reeld-doctor-"):
-            pass
+        place = write_into(directory)
     except OSError as error:
         fix = f"create it for the worker's user: sudo install -d -o USER {directory}"
-        return Finding(name, "fail", f"{directory}: cannot write to {place}: {error.strerror}", fix)
+        return Finding(name, "fail", f"{directory}: not writable: {error.strerror}", fix)
+    if os.geteuid() == 0 and not _may_write(user, place):
+        text = f"{directory}: the service's user, {user}, cannot write to {place}"
+        fix = f"sudo chown {user}: {place}" if place == directory else f"sudo install -d -o {user} {directory}"
+        return Finding(name, "fail", text, fix)
     free = shutil.disk_usage(place).free
     text = f"{directory}: {size_text(free)} free" + ("" if place == directory else " (will be created)")
     if free < _FREE_DISK_BYTES:
         return Finding(name, "warn", text, "make room, or move the directory")
     return Finding(name, "ok", text)
+
+
+def _may_write(user: str, place: Path) -> bool:
+    """What the kernel says to a user. One that is not there, because nothing is installed, may."""
+    try:
+        group = pwd.getpwnam(user).pw_gid
+    except KeyError:
+        return True
+    asked = ["test", "-w", str(place), "-a", "-x", str(place)]
+    groups = os.getgrouplist(user, group)
+    return subprocess.run(asked, user=user, group=group, extra_groups=groups, check=False).returncode == 0
 
 
 class _Timex(ctypes.Structure):
@@ -103,21 +118,35 @@ def _nvidia(config: Config | None) -> Iterator[Finding]:
     wanted = config is not None and config.device == "cuda"
     program = shutil.which("nvidia-smi")
     if program is None:
-        fix = "install the NVIDIA driver, or set device = 'cpu'" if wanted else ""
-        yield Finding("GPU", "fail" if wanted else "ok", "no nvidia-smi: the worker runs on the CPU", fix)
+        yield _no_gpu(config, "GPU", "no nvidia-smi", "install the NVIDIA driver")
         return
     query = f"--query-gpu={','.join(_GPU_FIELDS)}"
     try:
         listed = output_of([program, query, "--format=csv,noheader,nounits"])
     except (OSError, subprocess.SubprocessError) as error:
-        yield Finding("GPU", "fail" if wanted else "warn", f"nvidia-smi: {error}", "mend the NVIDIA driver")
+        yield _no_gpu(config, "GPU", f"nvidia-smi: {error}", "mend the NVIDIA driver")
         return
     gpus = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.strip()]
+    if not gpus:
+        yield _no_gpu(config, "GPU", "nvidia-smi finds no GPU", "mend the NVIDIA driver")
     yield from (_gpu(index, cells) for index, cells in enumerate(gpus))
     ranks = config.nproc_per_node if config is not None else "auto"
     if wanted and isinstance(ranks, int) and ranks > len(gpus):
         text = f"nproc_per_node is {ranks}, and there are {len(gpus)} GPUs"
         yield Finding("GPU", "fail", text, "lower nproc_per_node, or set it to 'auto'")
+
+
+def _no_gpu(config: Config | None, name: str, text: str, fix: str) -> Finding:
+    match config.device if config is not None else None:
+        case "cuda":
+            return Finding(name, "fail", text, f"{fix}, or set device = 'cpu'")
+        case "auto":
+            text += ": device is 'auto', so the worker takes its jobs onto the CPU"
+            return Finding(name, "warn", text, f"{fix}, and set device = 'cuda'; or 'cpu', if that is meant")
+        case "cpu":
+            return Finding(name, "ok", f"{text}: the worker runs on the CPU")
+        case None:
+            return Finding(name, "warn", text, fix)
 
 
 def _gpu(index: int, cells: list[str]) -> Finding:
@@ -157,11 +186,11 @@ def _torch(config: Config | None) -> Iterator[Finding]:
     names = ", ".join(f"{gpu['name']} (sm {gpu['capability']})" for gpu in gpus) or "no GPU"
     text = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}: {names}"
     wanted = config is not None and config.device == "cuda"
-    if not gpus and wanted:
-        fix = "the driver and torch's CUDA do not fit, or CUDA_VISIBLE_DEVICES is empty"
-        yield Finding("torch", "fail", text, fix)
-    else:
+    if gpus:
         yield Finding("torch", "ok", text)
+    else:
+        fix = "install a driver that fits torch's CUDA, see that CUDA_VISIBLE_DEVICES is not empty"
+        yield _no_gpu(config, "torch", text, fix)
     yield _nccl(found, several=wanted and config is not None and config.nproc_per_node != 1)
     yield _kernels(found)
 

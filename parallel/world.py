@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import structlog
 import torch
 import torch.distributed as dist
 
 from parallel import collectives
 from parallel.groups import GroupTable, join_xfuser
 from parallel.plan import Command, Outcome, decode_command, encode_command
+
+log = structlog.get_logger("world")
 
 # How long a peer may wait for the next command. Idle peers wait in gloo, never inside an NCCL collective: that
 # would hold the GPU at 100 % and die of the NCCL watchdog after minutes of an empty queue.
@@ -249,7 +252,10 @@ def pick_device(kind: str, local_rank: int) -> torch.device:
 
     Raises ValueError when there is no such GPU, CudaForkedError when this process may not use it.
     """
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    if kind == "auto" and not torch.cuda.is_available():
+        log.warning("no_gpu", device="cpu", reason='on a box with GPUs set device = "cuda", which does not start then')
+        kind = "cpu"
+    if kind == "cpu":
         return torch.device("cpu")
     if torch.cuda._is_in_bad_fork():
         raise CudaForkedError("this rank was forked from a process that had used CUDA, which does not survive it")

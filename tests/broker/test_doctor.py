@@ -1,10 +1,12 @@
 """`reeld doctor` against a real broker and real TLS: what is right, what is wrong, and what would mend it."""
 
 import contextlib
+import os
 import socket
 import ssl
 import stat
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from daemon.config import BrokerConfig, Config, LimitsConfig, ModelConfig, Topol
 from daemon.topology import topology_of
 from ops.doctor import table
 from ops.doctor_broker import examine_broker
-from ops.doctor_machine import clock, examine_machine
+from ops.doctor_machine import clock, examine_directory, examine_machine
 from ops.doctor_tls import examine_tls
 from ops.finding import Finding
 from tests.node import Node
@@ -155,6 +157,39 @@ def test_gpus_as_nvidia_smi_tells_of_them(tmp_path: Path, monkeypatch: pytest.Mo
     assert (first.state, second.state, too_few.state) == ("ok", "warn", "fail")
     assert "2 uncorrected memory errors" in second.text
     assert "nproc_per_node is 4" in too_few.text
+
+
+@pytest.mark.parametrize(("device", "state"), [("auto", "warn"), ("cuda", "fail"), ("cpu", "ok")])
+def test_a_box_whose_driver_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, state: str) -> None:
+    """No nvidia-smi, one that finds no card, and a torch that does not see the cards that it lists: under auto the
+    worker would run on the CPU, which is warned about."""
+    config = config_for("amqp://localhost/").model_copy(update={"device": device})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert by_name(examine_machine(config, with_torch=False))["GPU"].state == state
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert by_name(examine_machine(config, with_torch=False))["GPU"].state == state
+    program.write_text("#!/bin/sh\n" + 'echo "NVIDIA H100, 81559, 4, 570.1, 0"\n' * 2)
+    found = by_name(examine_machine(config, with_torch=True))
+    assert (found["GPU"].state, found["torch"].state) == ("ok", state)
+    assert "CUDA_VISIBLE_DEVICES" in found["torch"].fix or device == "cpu"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask for another user")
+def test_a_folder_that_the_services_user_cannot_write_to() -> None:
+    """Asked by root, who may write anywhere. Of a folder that is missing it is asked where it will be made."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's are below folders for their owner only
+        folder = Path(name)
+        found = examine_directory("output.directory", folder / "output", user="nobody")
+        assert (found.state, found.fix) == ("fail", f"sudo install -d -o nobody {folder / 'output'}")
+        assert f"nobody, cannot write to {folder}" in found.text
+        assert examine_directory("output.directory", folder, user="nobody").fix == f"sudo chown nobody: {folder}"
+        assert examine_directory("output.directory", folder, user="no-such-user").state == "ok"
+        folder.chmod(0o777)
+        assert examine_directory("output.directory", folder / "output", user="nobody").state == "ok"
+        assert not (folder / "output").exists()
 
 
 def test_the_clock_is_asked_of_the_kernel() -> None:

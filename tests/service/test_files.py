@@ -1,6 +1,9 @@
 """The files in systemd/: what systemd itself says of them, and that the examples do what they say."""
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,88 @@ def test_the_target_is_all_instances(machine: Machine) -> None:
         assert "reeld.target" in machine.show("multi-user.target")["Wants"].split()
     finally:
         machine.systemctl("disable", "reeld@wan-a.service", "reeld.target")
+
+
+def test_an_enabled_instance_starts_with_the_box(tmp_path: Path) -> None:
+    """`systemctl enable reeld@POOL` is enough: nobody enables the target as well. The target still has it, too."""
+    units = tmp_path / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    for name in ("reeld@.service", "reeld.target"):
+        shutil.copy(CHECKOUT / "systemd" / name, units)
+    subprocess.run(["systemctl", f"--root={tmp_path}", "enable", "reeld@wan"], check=True, capture_output=True)
+    made = (tmp_path / "etc/systemd/system").glob("*.wants/reeld@wan.*")
+    assert {link.parent.name for link in made} == {"multi-user.target.wants", "reeld.target.wants"}
+
+
+def test_the_target_stops_an_instance_that_was_enabled_alone(machine: Machine) -> None:
+    """`systemctl stop reeld.target` reaches what runs, though nobody has started the target itself."""
+    machine.write(
+        "/etc/systemd/system/reeld@alone.service.d/sleep.conf",
+        "[Service]\nType=exec\nExecStart=\nExecStart=sleep infinity\nWatchdogSec=0\n",
+    )
+    machine.systemctl("daemon-reload")
+    try:
+        machine.systemctl("enable", "--now", "reeld@alone.service")
+        assert machine.show("reeld.target")["ActiveState"] == "inactive"
+        assert machine.show("reeld@alone.service")["ActiveState"] == "active"
+        machine.systemctl("stop", "reeld.target")
+        assert machine.show("reeld@alone.service")["ActiveState"] == "inactive"
+    finally:
+        machine.systemctl("disable", "--now", "reeld@alone.service")
+        machine.run("rm", "-r", "/etc/systemd/system/reeld@alone.service.d")
+        machine.systemctl("daemon-reload")
+
+
+_CHECKED = """
+device = "cpu"
+work_directory = "/var/lib/reeld/checked/work"
+[output]
+directory = "/var/lib/reeld/checked/output"
+[log]
+directory = "/var/log/reeld/checked"
+[[models]]
+profile = "tiny-t2v"
+path = "/srv/models/tiny-t2v"
+"""
+
+
+def test_a_check_by_root_takes_nothing_from_the_units_user(machine: Machine) -> None:
+    """`reeld run --check` makes no folder, so none that belongs to root. One that does is found: by a check as the
+    unit's user, and by `reeld doctor`."""
+    machine.write("/etc/reeld/checked.toml", _CHECKED)
+    reeld = "/opt/reeld/current/bin/reeld"
+    check = (reeld, "run", "--check", "--config", "/etc/reeld/checked.toml")
+    try:
+        machine.run(*check)
+        machine.run("runuser", "-u", "reeld", "--", *check)
+        assert machine.run("find", "/var/lib/reeld", "/var/log/reeld", "-name", "checked").stdout == ""
+        machine.run("install", "-d", "/var/lib/reeld/checked/output")
+        machine.run(*check)
+        refused = machine.run("runuser", "-u", "reeld", "--", *check, check=False)
+        assert refused.returncode == 78
+        assert refused.stderr == "reeld: /var/lib/reeld/checked/output: not writable: Permission denied\n"
+        doctor = machine.run("env", "COLUMNS=200", reeld, "doctor", "--config", "/etc/reeld/checked.toml", check=False)
+        assert "the service's user, reeld, cannot write to /var/lib/reeld/checked/output" in doctor.stdout
+    finally:
+        machine.run("rm", "-rf", "/etc/reeld/checked.toml", "/var/lib/reeld/checked")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("bogus = 1\n" + _CHECKED, "bogus: Extra inputs"), (_CHECKED.replace("tiny-t2v", "tiny-i2v", 1), "tiny-t2v")],
+)
+def test_faults_before_the_start_are_in_the_journal_as_json(machine: Machine, text: str, says: str) -> None:
+    """What ends the unit before there are logs looks like what ends it later: a pipeline parses it, field by field."""
+    machine.write("/etc/reeld/faults.toml", text)
+    try:
+        machine.systemctl("start", "reeld@faults", check=False)
+        (line,) = machine.logs("reeld@faults.service")
+        assert (line["event"], line["level"], line["exit_status"], line["rank"]) == ("fatal", "critical", 78, None)
+        assert says in line["reason"]
+    finally:
+        machine.run("rm", "/etc/reeld/faults.toml")
+        machine.run("journalctl", "--rotate", "--vacuum-time=1ms")
+        machine.systemctl("reset-failed")
 
 
 def test_the_directories_have_their_owners(machine: Machine) -> None:

@@ -1,6 +1,7 @@
 """The configuration: read once, judged as a whole, and clear about what is wrong."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 LEAST = '[[models]]\nprofile = "tiny-t2v"\npath = "/models/tiny-t2v"\n'
 
 
@@ -41,6 +43,14 @@ def test_a_model_is_all_that_must_be_said(file: Path) -> None:
     assert config.models[0].path == Path("/models/tiny-t2v")
     assert config.broker.resolved_url() == "amqp://guest:guest@127.0.0.1:5672/%2F"
     assert config.topology.retry_delays_seconds == (10, 60, 300)
+
+
+@pytest.mark.parametrize("name", ["systemd/examples/reeld.toml", "README.md"])
+def test_what_people_copy_names_the_device(file: Path, name: str) -> None:
+    """With auto a box whose driver is gone would take its pool's jobs with it, onto the CPU."""
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL) or [text]
+    assert load(file, blocks[0]).device == "cuda"
 
 
 def test_a_pool_is_named_after_a_profiles_file_or_as_told(file: Path) -> None:
