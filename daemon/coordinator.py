@@ -141,6 +141,8 @@ class Coordinator:
             self._context.state.set("draining" if self._asked.drain_reason else "idle")
             delivery = self._consumer.deliveries.get() if self._asked.drain_reason is None else None
             if self._consumer.fatal is not None:
+                # Video, manifest and event need no consumer, and they answer the redelivery.
+                self._finisher.wait_for_all(timeout_seconds=self._config.limits.outcome_grace_seconds)
                 raise self._consumer.fatal
             if delivery is None:
                 if self._asked.drain_reason is not None:
@@ -213,8 +215,9 @@ class Coordinator:
     def _run(self, job: Job, delivery: Delivery) -> bool:
         self._context.state.set("settling", job_id=job.job_id)
         self._finisher.wait_for(job.job_id)
-        if self._finisher.answer_from_manifest(job, delivery):
-            return True
+        answered = self._finisher.answer_from_manifest(job, delivery)
+        if answered is not None:
+            return answered
         if job.job_id in self._asked.cancelled:
             raise JobCancelled
         if delivery.expires_at is not None and time.time() >= delivery.expires_at:

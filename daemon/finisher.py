@@ -111,14 +111,15 @@ class Finisher:
         """Whether the job was done before. For any thread."""
         return self._storage.read_manifest(job_id) is not None
 
-    def answer_from_manifest(self, job: Job, delivery: Delivery) -> bool:
-        """Whether the job was done before: then its terminal event was published again.
+    def answer_from_manifest(self, job: Job, delivery: Delivery) -> bool | None:
+        """Publishes the terminal event of a job that was done before again. None: it was not done.
 
+        Returns whether the event was confirmed; if not, the delivery is handed back.
         Raises PermanentJobError when another request was done under this id.
         """
         manifest = self._storage.read_manifest(job.job_id)
         if manifest is None:
-            return False
+            return None
         _check_same_request(manifest, job)
         log.info("job_already_done", redelivered=delivery.redelivered)
         self._measurements.job_repeated()
