@@ -24,7 +24,7 @@ from parallel.forward import prepare_dit, shape_of
 from parallel.groups import SOLO, SplitGroups
 from parallel.profile import load_profile
 from parallel.rope import RopeTables
-from parallel.sharding import shard_blocks
+from parallel.sharding import common_root, shard_blocks
 from parallel.split import ParallelDegrees, possible_degrees
 from parallel.step_cache import StepCache
 from parallel.tiny_registry import register_tiny_models
@@ -75,6 +75,7 @@ def random_dit(profile_name: str, world: World, dtype: torch.dtype, *, sharded: 
         dit = WanModel(**arguments).to(dtype).eval().requires_grad_(False)
     if sharded:
         shard_blocks(list(dit.blocks), world)
+        common_root(dit.blocks, world)
     for name, parameter in dit.named_parameters():
         if parameter.is_meta:
             _replace(dit, name, torch.empty_like(parameter, device=world.device))

@@ -19,7 +19,6 @@ from parallel.inputs import pipeline_arguments
 from parallel.model import LoadedModel
 from parallel.outcome import Stop, StoppedError
 from parallel.plan import GenerationPlan
-from parallel.sharding import let_go
 from parallel.split import ParallelDegrees
 from parallel.step_cache import StepCache
 from parallel.vae import Tiles
@@ -83,14 +82,12 @@ def generate_frames(
             dtype=pipeline.torch_dtype,
         ),
     )
+    model.let_go()
+    latents = latents_to_decode(latents, conditions)
+    tiles = Tiles(conditions.shared["tile_size"], conditions.shared["tile_stride"]) if plan.tiled else None
+    del conditions  # a camera's or VACE's is as large as a video
     progress("decode", steps, steps)
-    return decode_frames(
-        pipeline,
-        latents_to_decode(latents, conditions),
-        world,
-        tiles=Tiles(conditions.shared["tile_size"], conditions.shared["tile_stride"]) if plan.tiled else None,
-        quantised=quantised,
-    )
+    return decode_frames(pipeline, latents, world, tiles=tiles, quantised=quantised)
 
 
 def clean_up(model: LoadedModel, device: torch.device) -> None:
@@ -98,14 +95,7 @@ def clean_up(model: LoadedModel, device: torch.device) -> None:
 
     Talks to no other rank.
     """
-    _empty_caches(device)  # first, because what is on its way wants memory to arrive in
-    for dit in (model.pipeline.dit, model.pipeline.dit2):
-        if dit is not None:
-            let_go(dit.modules())
-    _empty_caches(device)
-
-
-def _empty_caches(device: torch.device) -> None:
+    model.let_go()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

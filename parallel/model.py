@@ -5,6 +5,7 @@ and what must be changed in the pipeline for several ranks. Leaves out the check
 and reading (`parts.py`, `loading.py`) and the generation (`engine.py`).
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ import torch
 from diffsynth.models.wan_video_dit_s2v import WanS2VModel
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Wav2Vec2Processor
 
@@ -32,7 +34,7 @@ from parallel.parts import ATTRIBUTES, BuiltModel, build_models
 from parallel.plan import GenerationPlan
 from parallel.profile import ModelFiles, ModelPart
 from parallel.rope import RopeTables
-from parallel.sharding import shard_blocks
+from parallel.sharding import common_root, let_go, shard_blocks
 from parallel.sizes import ModelSizes, sizes_of
 from parallel.split import CPU, CUDA, ParallelDegrees, PinnedDegrees, check_pins, choose_degrees
 from parallel.strategy import MemorySettings
@@ -56,6 +58,13 @@ class LoadedModel:
     loras: LoraWeights
     tables: RopeTables
     prompts: PromptCache
+    sharded: FSDPModule | None
+    """What all blocks are below that are spread over the ranks."""
+
+    def let_go(self) -> None:
+        """After the last pass, or one that failed: nothing of it stays in memory, or in the way of the next."""
+        if self.sharded is not None:
+            let_go(self.sharded)
 
     def degrees_for(self, plan: GenerationPlan, world: World, pinned: PinnedDegrees) -> ParallelDegrees:
         """The split for one job, by the cost model. Raises ValueError, with every factor, when none is possible."""
@@ -96,7 +105,7 @@ def load_model(
     loader = _Loader(pipeline, world, memory)
     layouts = {part.role: _place_part(part, files, loader) for part in files.profile.parts}
     load_tensors(loader.wanted(), world, progress=progress)
-    loader.finish()
+    sharded = loader.finish()
     _complete(pipeline, files, world)
     dits = {name: dit for name in _DITS if (dit := getattr(pipeline, name)) is not None}
     compile_blocks = compile_blocks and memory.strategy != "vram_limit"
@@ -113,6 +122,7 @@ def load_model(
         loras=LoraWeights(dits, world, cache_bytes=lora_cache_bytes),
         tables=RopeTables(world.device),
         prompts=PromptCache(),
+        sharded=sharded,
     )
 
 
@@ -154,6 +164,7 @@ class _Loader:
         self._finish: list[Callable[[], None]] = []
         self._offloaded: dict[str, torch.nn.Module] = {}
         self._managed: dict[str, torch.nn.Module] = {}
+        self._sharded: list[torch.nn.Module] = []
 
     def place(self, built: BuiltModel, stored: dict[str, tuple[Path, StoredTensor]]) -> None:
         """Gives a model its place in the pipeline and memory on this rank, or none where it is not needed."""
@@ -167,7 +178,9 @@ class _Loader:
         on_host = self._stays_on_host(attribute)
         device = torch.device("cpu") if on_host else self._world.device
         if self._memory.strategy == "fsdp" and attribute in _DITS and self._world.world_size > 1:
-            shard_blocks(list(module.get_submodule("blocks").children()), self._world)
+            blocks = list(module.get_submodule("blocks").children())
+            shard_blocks(blocks, self._world)
+            self._sharded += blocks
         names = list(module.state_dict())
         allocated: Future[dict[str, Destination]] = Future()
         if on_host:
@@ -201,8 +214,8 @@ class _Loader:
             except Exception as error:  # noqa: BLE001  whoever waits for the memory raises it
                 allocated.set_exception(error)
 
-    def finish(self) -> None:
-        """After the weights are there: what a strategy does with whole models."""
+    def finish(self) -> FSDPModule | None:
+        """After the weights are there: what a strategy does with whole models. Returns the root of sharded blocks."""
         self._aside.join()
         for step in self._finish:
             step()
@@ -210,6 +223,7 @@ class _Loader:
             self._pipeline.load_models_to_device = ManagedModels(self._managed, self._world.device).load
         else:
             self._pipeline.load_models_to_device = OffloadedModels(self._offloaded, self._world.device).load
+        return common_root(self._sharded, self._world) if self._sharded else None
 
     def _stays_on_host(self, attribute: str) -> bool:
         return self._manages(attribute) or (attribute in ENCODERS and self._memory.offloads_encoders)
@@ -254,7 +268,7 @@ def _allocate(
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, DTensor):
             local, rows = local_part(tensor)
-            row = tensor[0].numel() if tensor.dim() > 1 else 1
+            row = math.prod(tensor.shape[1:])  # by its shape: an element of a sharded tensor is gathered first
             destinations[name] = Destination(flat=local.view(-1), first=rows.start * row)
         else:
             # As DiffSynth does, whatever the stored dtype is.

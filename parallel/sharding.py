@@ -16,15 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from parallel import collectives
 from parallel.world import World
 
-# Where a sharded block has its `_Gathering`.
-_GATHERING = "reeld_gathering"
-
 
 class _Gathering:
     """How a block is gathered, in FSDP's terms: as by default, and counted."""
-
-    def __init__(self) -> None:
-        self.on_its_way = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -32,18 +26,13 @@ class _Gathering:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
-        self.on_its_way = True
         return collectives.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
-
-    def arrived(self, _block: torch.nn.Module, _inputs: Any) -> None:
-        """A block's forward begins: FSDP has taken what came."""
-        self.on_its_way = False
 
 
 class _Blocks(torch.nn.Module):
     """What FSDP takes for the root of all blocks; nobody calls it to compute anything."""
 
-    def __init__(self, blocks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, blocks: Iterable[torch.nn.Module]) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(blocks)
 
@@ -52,10 +41,10 @@ class _Blocks(torch.nn.Module):
 
 
 def shard_blocks(blocks: Sequence[torch.nn.Module], world: World) -> None:
-    """Called by every rank, while the blocks are still on the meta device and in their final dtype.
+    """Called by every rank, while a DiT's blocks are still on the meta device and in their final dtype.
 
     Afterwards their parameters are shards, with memory on the rank's device that nobody has written to yet, and stay
-    where they are.
+    where they are. Before the first pass all blocks need a `common_root`.
     """
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     sharded: list[FSDPModule] = []
@@ -63,30 +52,30 @@ def shard_blocks(blocks: Sequence[torch.nn.Module], world: World) -> None:
         wrapped: FSDPModule = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         gathering: Any = _Gathering()  # FSDP has no public name for its type
         wrapped.set_custom_all_gather(gathering)
-        block.register_forward_pre_hook(gathering.arrived)  # after FSDP's own
-        setattr(block, _GATHERING, gathering)
         block.to_empty(device=world.device)
         sharded.append(wrapped)
     for wrapped, following in itertools.pairwise(sharded):
         wrapped.set_modules_to_forward_prefetch([following])
-    # A root's first call makes the streams of all below it. Without one in common each block would be a root and make
-    # its own, and what is gathered in a stream is memory that the allocator never gives to another: the whole DiT.
-    root = _Blocks(blocks)
-    fully_shard(root, mesh=mesh)
-    root()
 
 
-def let_go(modules: Iterable[torch.nn.Module]) -> None:
-    """After an error in mid-pass, which leaves a block gathered and the next one on its way: none is, afterwards.
+def common_root(blocks: Iterable[torch.nn.Module], world: World) -> FSDPModule:
+    """Called by every rank, once for all sharded blocks of a model. Returns what `let_go` takes.
 
-    Or the next pass would run them with these weights, though others have come since, and would gather fewer blocks on
-    this rank than on one whose error came a moment later. Talks to no other rank.
+    A root's first call makes the streams of all below it. Without one in common each block would be a root and make its
+    own, and what is gathered in a stream is memory that the allocator never gives to another: the whole DiT.
     """
-    for module in modules:
-        gathering = getattr(module, _GATHERING, None)
-        if gathering is not None:
-            assert isinstance(module, FSDPModule)
-            if gathering.on_its_way:
-                module.unshard()  # waits for it, and begins nothing
-                gathering.on_its_way = False
-            module.reshard()
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    root = _Blocks(blocks)
+    sharded: FSDPModule = fully_shard(root, mesh=mesh)
+    root()
+    return sharded
+
+
+def let_go(root: FSDPModule) -> None:
+    """After a job's last pass, or after an error in mid-pass: no block is gathered or on its way, none holds a record.
+
+    An error leaves a block gathered and the next one on its way; the next pass would run them with these weights,
+    though others have come since, and would gather other blocks ahead than on a rank whose error came a moment later.
+    And each pass is recorded for a backward pass that never comes. Talks to no other rank. (Needs torch 2.13.)
+    """
+    root.reset_iter_state()
