@@ -43,8 +43,10 @@ class Sequence:
     def own(self, tokens: torch.Tensor) -> torch.Tensor:
         """This rank's slice of (batch, num_tokens, ...), padded with zeros to (batch, slice_tokens, ...)."""
         own = tokens[:, self.begin : self.begin + self.own_tokens]
-        if self.own_tokens == self.slice_tokens:
+        if self.own_tokens == self.num_tokens:
             return own
+        if self.own_tokens == self.slice_tokens:
+            return own.clone()  # a view would keep the whole alive
         padding = own.new_zeros((own.shape[0], self.slice_tokens - self.own_tokens, *own.shape[2:]))
         return torch.cat((own, padding), dim=1)
 

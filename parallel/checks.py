@@ -56,23 +56,31 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
+class _Reading:
+    """A number on its way from the device, read without waiting for what was queued after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._host, self._event = value, None
+        if value.is_cuda:
+            self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._host)
+
+
 class FiniteCheck:
     """Looks for NaN and infinity without waiting for the device: what it saw is read a step later."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._bad: list[tuple[Tensor, torch.cuda.Event | None]] = []
+    def __init__(self) -> None:
+        self._bad: list[_Reading] = []
 
     def look(self, latents: Tensor) -> None:
-        bad = ~torch.isfinite(latents).all()
-        if not self._on_cuda:
-            self._bad.append((bad, None))
-            return
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._bad.append((host, event))
+        self._bad.append(_Reading(~torch.isfinite(latents).all()))
 
     def raise_if_known(self) -> None:
         """Raises NonFiniteError for what is known by now. Equal latents on every rank make it equal on every rank."""
@@ -86,10 +94,7 @@ class FiniteCheck:
             self._read()
 
     def _read(self) -> None:
-        bad, event = self._bad.pop(0)
-        if event is not None:
-            event.synchronize()
-        if bool(bad):
+        if self._bad.pop(0).read():
             raise NonFiniteError("the latents hold NaN or infinity")
 
 
@@ -102,7 +107,7 @@ class DivergenceCheck:
     def __init__(self, world: World, *, interval: int) -> None:
         self._world = world
         self._interval = interval if world.world_size > 1 else 0
-        self._pending: tuple[int, Tensor] | None = None
+        self._pending: tuple[int, _Reading] | None = None
 
     def look(self, latents: Tensor, *, step: int, last: bool) -> None:
         """Called by every rank, at the same step."""
@@ -111,14 +116,14 @@ class DivergenceCheck:
             bits = latents.contiguous().view(torch.uint8).view(-1)
             # Position counts, or two elements could change places unseen; wraps around at 2**63.
             weights = torch.arange(1, bits.numel() + 1, device=bits.device)
-            self._pending = (step, (bits.long() * weights).sum())
+            self._pending = (step, _Reading((bits.long() * weights).sum()))
 
     def settle(self) -> None:
         """Called by every rank. Raises DivergedError on every rank when the checksums differ."""
         if self._pending is None:
             return
         (step, checksum), self._pending = self._pending, None
-        values = self._world.gather_numbers(int(checksum))
+        values = self._world.gather_numbers(checksum.read())
         if len(set(values)) > 1:
             odd = [rank for rank, value in enumerate(values) if value != values[0]]
             raise DivergedError(f"after step {step} the latents of rank(s) {odd} are not those of rank 0")

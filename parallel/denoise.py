@@ -9,7 +9,7 @@ Leaves out the conditions (`parallel.conditions`), one forward (`parallel.forwar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Branch:
     """One branch of guidance, as far as this rank predicts it."""
 
     inputs: dict[str, Any]
-    memory: BranchMemory = field(default_factory=BranchMemory)
+    memory: BranchMemory
 
 
 def denoise(
@@ -70,13 +70,15 @@ def denoise(
     scheduler, latents = pipeline.scheduler, shared["latents"]
     experts = [expert for expert in (pipeline.dit, pipeline.dit2) if expert is not None]
     check_consistency(experts, {**shared, **positive}, device=world.device, dtype=pipeline.torch_dtype, rank=world.rank)
-    branches = [Branch({**shared, **positive})]
-    if guidance.guided:
-        branches.append(Branch({**shared, **negative}))
+    prompts = [positive, negative] if guidance.guided else [positive]
+    camera: dict[int, Tensor] = {}  # is the same for both
+    branches = [Branch({**shared, **prompt}, BranchMemory(camera=camera)) for prompt in prompts]
     if groups.cfg.size > 1:
         branches = [branches[groups.cfg.rank]]
     timesteps = [float(each) for each in scheduler.timesteps]
-    finite, divergence = FiniteCheck(world.device), DivergenceCheck(world, interval=divergence_interval)
+    # At once: a copy from ordinary host memory waits for all that is queued, and so would each step for the last one.
+    on_device = scheduler.timesteps.to(dtype=pipeline.torch_dtype, device=world.device)
+    finite, divergence = FiniteCheck(), DivergenceCheck(world, interval=divergence_interval)
     pace = _Pace(world.device)
     expert, vace = pipeline.dit, pipeline.vace
     pipeline.load_models_to_device(pipeline.in_iteration_models)
@@ -89,11 +91,10 @@ def denoise(
             pipeline.load_models_to_device(pipeline.in_iteration_models_2)
             for branch in branches:
                 branch.memory.residual = None
-        timestep = scheduler.timesteps[step].unsqueeze(0).to(dtype=pipeline.torch_dtype, device=world.device)
         predictions = [
             expert(
                 latents=latents,
-                timestep=timestep,
+                timestep=on_device[step : step + 1],
                 inputs=branch.inputs,
                 groups=groups,
                 tables=tables,

@@ -44,6 +44,7 @@ class BranchMemory:
     """What one branch of guidance keeps from step to step of one job, by transformer: nothing of it changes."""
 
     context: dict[int, Tensor] = field(default_factory=dict)
+    camera: dict[int, Tensor] = field(default_factory=dict)  # what its path adds to this rank's slice
     residual: Tensor | None = None  # of the step cache, for this rank's slice
 
 
@@ -209,7 +210,7 @@ def forward_slice(
     With `reuse_residual` the blocks are left out and what they added at the last full step is added again.
     """
     context = embed_context(dit, inputs, memory)
-    x, grid, leading = _embed(dit, latents, inputs, groups)
+    x, grid, leading = _embed(dit, latents, inputs, groups, memory)
     sequence = Sequence(groups, grid.num_tokens)
     if x.shape[1] == sequence.num_tokens:  # not yet cut into slices
         x = sequence.own(x)
@@ -219,13 +220,13 @@ def forward_slice(
         assert memory.residual is not None, "the first step is always computed"
         x = x + memory.residual
     else:
-        embedded = x
+        embedded = x if keep_residual else None  # the blocks may have its memory
         hints = _vace_hints(vace, x, context, modulation, rope, sequence, inputs)
         for index, block in enumerate(dit.blocks):
             x = block(x, context, modulation, rope, sequence)
             if index in hints:
                 x = x + hints[index] * inputs.get("vace_scale", 1.0)
-        if keep_residual:
+        if embedded is not None:
             memory.residual = x - embedded
     shift, scale = _modulation(dit.head.modulation, modulation.embedded.unsqueeze(2), modulation.later)
     predicted = dit.head.head(dit.head.norm(x) * (1 + scale) + shift)
@@ -247,29 +248,29 @@ def embed_context(dit: Any, inputs: dict[str, Any], memory: BranchMemory) -> Ten
 
 
 def _embed(
-    dit: WanModel, latents: Tensor, inputs: dict[str, Any], groups: SplitGroups
+    dit: WanModel, latents: Tensor, inputs: dict[str, Any], groups: SplitGroups, memory: BranchMemory
 ) -> tuple[Tensor, TokenGrid, int]:
     """Latents to tokens: this rank's slice where that can be cut out first, else all of them.
 
     Returns the tokens, (1, slice or all, dim), the grid, and how many tokens stand before the video's own.
     """
     x = latents
-    y, camera = inputs.get("y"), inputs.get("control_camera_latents_input")
+    y = inputs.get("y")
+    camera = inputs.get("control_camera_latents_input") if dit.control_adapter is not None else None
     if y is not None and dit.require_vae_embedding:
         x = torch.cat((x, y), dim=1)
     _, step_height, step_width = dit.patch_size
     grid = TokenGrid(x.shape[2], x.shape[3] // step_height, x.shape[4] // step_width)
     reference = inputs.get("reference_latents")
-    if camera is None and reference is None:
+    embedding = dit.patch_embedding
+    if reference is None and type(embedding) is torch.nn.Conv3d:
         # A convolution whose kernel is its stride is a matrix product over patches, so each rank embeds its own.
         patches = x.unflatten(4, (grid.width, step_width)).unflatten(3, (grid.height, step_height))
         # (1, c, f, h, y, w, x) -> (1, f h w, c y x)
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(1, grid.num_tokens, -1)
-        own = Sequence(groups, grid.num_tokens).own(patches)
-        embedding = dit.patch_embedding
-        if type(embedding) is torch.nn.Conv3d:
-            tokens = F.linear(own, embedding.weight.flatten(1), embedding.bias)
-            return tokens, grid, 0
+        sequence = Sequence(groups, grid.num_tokens)
+        tokens = F.linear(sequence.own(patches), embedding.weight.flatten(1), embedding.bias)
+        return tokens if camera is None else tokens + _camera(dit, camera, sequence, memory), grid, 0
     tokens = dit.patchify(x, camera).flatten(2).transpose(1, 2)
     if reference is None:
         return tokens, grid, 0
@@ -278,6 +279,14 @@ def _embed(
     leading = dit.ref_conv(reference).flatten(2).transpose(1, 2)
     grid = TokenGrid(grid.frames + 1, grid.height, grid.width)
     return torch.cat((leading, tokens), dim=1), grid, leading.shape[1]
+
+
+def _camera(dit: WanModel, camera: Tensor, sequence: Sequence, memory: BranchMemory) -> Tensor:
+    """What the camera's path adds to this rank's tokens: of convolutions over all of it, but the same at each step."""
+    if id(dit) not in memory.camera:
+        (added,) = dit.control_adapter(camera)
+        memory.camera[id(dit)] = sequence.own(added.flatten(1).T.unsqueeze(0)).contiguous()
+    return memory.camera[id(dit)]
 
 
 def _timestep(

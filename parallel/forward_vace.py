@@ -45,6 +45,7 @@ def make_hints(
     if missing:
         tokens = torch.cat((tokens, tokens.new_zeros(tokens.shape[0], missing, tokens.shape[2])), dim=1)
     carried, hints = sequence.own(tokens), []
+    del tokens  # of the whole sequence
     for block in vace.vace_blocks:
         carried, hint = block(carried, x, context, modulation, rope, sequence)
         hints.append(hint)

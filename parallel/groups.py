@@ -47,6 +47,8 @@ class GroupTable:
         self._local_rank = local_rank
         self._backend = backend
         self._made: dict[ParallelDegrees, SplitGroups] = {}
+        # By their ranks: each has a communicator, with buffers on the GPU, and two splits often have one in common.
+        self._groups: dict[str, Group] = {}
 
     def groups_of(self, degrees: ParallelDegrees) -> SplitGroups:
         """Called by every rank, with the same degrees: making groups is collective."""
@@ -82,10 +84,13 @@ class GroupTable:
     def _group(self, group_ranks: list[list[int]]) -> Group:
         if len(group_ranks[0]) == 1:
             return SOLO
-        from xfuser.core.distributed.group_coordinator import GroupCoordinator
+        key = str(group_ranks)
+        if key not in self._groups:
+            from xfuser.core.distributed.group_coordinator import GroupCoordinator
 
-        made = GroupCoordinator(group_ranks, self._local_rank, self._backend)
-        return Group(made.device_group, made.rank_in_group, made.world_size)
+            made = GroupCoordinator(group_ranks, self._local_rank, self._backend)
+            self._groups[key] = Group(made.device_group, made.rank_in_group, made.world_size)
+        return self._groups[key]
 
 
 def join_xfuser(*, rank: int, world_size: int, local_rank: int, backend: str) -> None:

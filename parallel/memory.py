@@ -139,6 +139,8 @@ def _predict_rank(
     }
     if rank == 0:
         phases["encode_text"] = _arriving(model, wait, memory, element) | _encode_text(model, element)
+    if model.dit.camera_channels:
+        phases["denoise_camera"] = _embed_camera(model, shape, element)
     if shape.frame_inputs:
         phases["encode_frames"] = _encode_frames(model, shape, world_size, rank, element)
     if memory.strategy == "fsdp" and world_size > 1:
@@ -186,7 +188,7 @@ def _denoise(model: ModelSizes, shape: JobShape, degrees: ParallelDegrees, eleme
     unit = tokens * dit.dim * element
     single = tokens * dit.dim * 4  # a unit in float32
     text_tokens = TEXT_TOKENS + (IMAGE_TOKENS if dit.takes_image_tokens else 0)
-    # Alive throughout are the block's input and the first block's: 2 units. The places where most is alive beside them:
+    # Alive throughout is the block's input, with a step cache the first block's too. Where most is alive beside it:
     # q, k and v, normed and one of them rotated, while the other is rotated in float32;
     rotating = 5 * unit + 3 * single
     # q, k and v as they are sent, as they came, what was attended and what came back of it; alone, without sending;
@@ -197,12 +199,15 @@ def _denoise(model: ModelSizes, shape: JobShape, degrees: ParallelDegrees, eleme
     feed_forward = 3 * unit + 2 * tokens * dit.ffn_dim * element
     crossing = 6 * unit + 3 * text_tokens * dit.dim * element
     normalising = 2 * unit + 3 * single
-    found = {"activations": 2 * unit + max(rotating, exchanging, ringing, feed_forward, crossing, normalising)}
+    fullest = max(rotating, exchanging, ringing, feed_forward, crossing, normalising)
+    found = {"activations": (2 if shape.step_cache else 1) * unit + fullest}
     branches = 2 if shape.guided and degrees.cfg_degree == 1 else 1
     if shape.step_cache:
         found["step_cache"] = (branches + 1) * unit
     if dit.vace_layers:
         found["vace_hints"] = (dit.vace_layers + 2) * unit
+    if dit.camera_channels:
+        found["camera"] = _camera_input(model, shape, element) + unit
     latents = model.vae.channels * shape.latent_frames * _latent_area(model, shape) * element
     extra = max(0, dit.in_channels - model.vae.channels) * shape.latent_frames * _latent_area(model, shape) * element
     found["conditions"] = (
@@ -213,6 +218,17 @@ def _denoise(model: ModelSizes, shape: JobShape, degrees: ParallelDegrees, eleme
     )
     found["rope"] = tokens * dit.dim // dit.num_heads * 4
     return found
+
+
+def _camera_input(model: ModelSizes, shape: JobShape, element: int) -> int:
+    return model.dit.camera_channels * shape.latent_frames * shape.height * shape.width * element
+
+
+def _embed_camera(model: ModelSizes, shape: JobShape, element: int) -> dict[str, int]:
+    """Before the first step, on every rank: the whole frames' convolutions, of which a rank keeps its tokens' part."""
+    tokens = _num_tokens(model, shape) * model.dit.dim * element
+    # The input, its copy by frames and that by squares; what the first convolution makes, and a residual block's three.
+    return {"camera": 3 * _camera_input(model, shape, element), "embedding": 4 * tokens}
 
 
 def _decode(model: ModelSizes, shape: JobShape, world_size: int, rank: int, element: int) -> dict[str, int]:

@@ -62,6 +62,8 @@ class DitSizes:
     text_dim: int
     takes_image_tokens: bool
     vace_layers: int
+    camera_channels: int
+    """Of the camera's input for each pixel; 0: takes none."""
     largest_block: int
 
 
@@ -152,6 +154,8 @@ def _dit_sizes(profile: ModelProfile, layout: Layout, part: PartSizes) -> DitSiz
         text_dim=text[1],
         takes_image_tokens=any("k_img" in name or "add_k_proj" in name for name in plain),
         vace_layers=len({name.split(".")[1] for name in plain if name.startswith("vace_blocks.")}),
+        # Of a convolution over squares of 8 x 8 pixels, made into channels.
+        camera_channels=plain.get("control_adapter.conv.weight", (0, 0))[1] // 64,
         largest_block=part.largest_block,
     )
 

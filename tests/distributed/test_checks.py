@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_number_that_is_none_is_found_one_step_later(bad: float) -> None:
     """A look is read once the next one is taken, and the last one when the loop is over."""
-    latents, check = torch.zeros(1, 16, 3, 4, 4), FiniteCheck(CPU)
+    latents, check = torch.zeros(1, 16, 3, 4, 4), FiniteCheck()
     check.look(latents)
     latents[0, 3, 1, 2, 2] = bad
     check.look(latents)
@@ -24,7 +24,7 @@ def test_a_number_that_is_none_is_found_one_step_later(bad: float) -> None:
     check.look(latents)
     with pytest.raises(NonFiniteError):
         check.raise_if_known()
-    last = FiniteCheck(CPU)
+    last = FiniteCheck()
     last.look(latents)
     last.raise_if_known()
     with pytest.raises(NonFiniteError):

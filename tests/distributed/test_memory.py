@@ -34,18 +34,22 @@ def test_predictions_hold(ranks: int, models: Path, tmp_path: Path) -> None:
     """Each rank's fullest moment, in each phase that is not nothing, is within 10 % of what was predicted."""
     image = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 384, 3), dtype=np.uint8)).save(image)
+    direction = {"camera_control_direction": "Left", "camera_control_speed": 0.02}
+    camera = {"task": "camera_to_video", "image": str(image), "shape": {**SHAPE, **direction}}
     cases = {
         1: [
             _case(models, "plain", shape={**SHAPE, "num_frames": 13}),
             _case(models, "image", "tiny-i2v", task="image_to_video", image=str(image), dtype="bfloat16"),
             _case(models, "tiled", tiled=True),
             _case(models, "vram_limit", strategy="vram_limit"),
+            _case(models, "camera", "tiny-fun-camera", **camera),
         ],
         2: [
             _case(models, "cfg", dtype="bfloat16"),
             _case(models, "ulysses", pinned=ULYSSES),
             _case(models, "ring", pinned=RING),
             _case(models, "fsdp", pinned=ULYSSES, strategy="fsdp"),
+            _case(models, "camera", "tiny-fun-camera", pinned=ULYSSES, **camera),
         ],
     }[ranks]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
