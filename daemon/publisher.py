@@ -29,6 +29,7 @@ from daemon.measurements import SILENT, Measurements
 
 log = structlog.get_logger("publisher")
 
+_ACCESS_REFUSED = 403
 _IDLE_SECONDS = 1.0
 _OFFERED_AT_MOST = 100
 
@@ -79,6 +80,7 @@ class Publisher:
         self._away_since: float | None = None  # since when no connection could be had
         self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
+        self._refused: str | None = None  # the permission that the message at hand lacks
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._status = "connecting"
 
@@ -89,12 +91,17 @@ class Publisher:
     def status(self) -> str:
         connection = self._connection
         blocked = connection.blocked if connection is not None else None
+        if self._refused:
+            return f"the broker refuses it: {self._refused}"
         return f"blocked by the broker: {blocked}" if blocked else self._status
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be published: disconnected or blocked (a broker's alarm); or None."""
+        """Why nothing can be published: refused (a permission is missing), disconnected or blocked (a broker's alarm);
+        or None."""
         connection = self._connection
+        if self._refused:
+            return "refused"
         if connection is None or self._channel is None:
             return "disconnected"
         return "blocked" if connection.blocked else None
@@ -133,6 +140,14 @@ class Publisher:
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # the top of this thread: who publishes next sees that it is gone, and raises
+            log.critical("publisher_failed", exc_info=True)
+            self._status = f"failed: {error!r}"
+            self._refused = self._connection = self._channel = None
+
+    def _serve(self) -> None:
         self._ready()  # connected before the first job, so that its first events are not lost
         while True:
             try:
@@ -192,7 +207,12 @@ class Publisher:
         except LOST as error:
             self._lost(error)
             reason = repr(error)
+            if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == _ACCESS_REFUSED:
+                self._refused = error.reply_text
+                fix = "the permissions in docs/brokers.md"
+                log.error("publish_refused", reason=error.reply_text, fix=fix)  # noqa: TRY400  the trace says no more
         else:
+            self._refused = None
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller has just given up
                 request.done.set_result(None)
             self._warn_of_unrouted(message, waiting)
@@ -252,13 +272,14 @@ class Publisher:
         `mandatory`, so the growth of this number is all that tells."""
         if message.alternate_queue is None or self._connection is None:
             return None
-        channel = self._connection.channel()
-        try:
-            count: int = channel.queue_declare(message.alternate_queue, passive=True).method.message_count
-        except pika.exceptions.ChannelClosedByBroker as error:
-            log.warning("alternate_queue_unknown", queue=message.alternate_queue, reason=error.reply_text)
-            return None
-        channel.close()
+        with self._connection.deadline(self._broker.confirm_timeout_seconds):
+            channel = self._connection.channel()
+            try:
+                count: int = channel.queue_declare(message.alternate_queue, passive=True).method.message_count
+            except pika.exceptions.ChannelClosedByBroker as error:
+                log.warning("alternate_queue_unknown", queue=message.alternate_queue, reason=error.reply_text)
+                return None
+            channel.close()
         return count
 
     def _ready(self) -> bool:
@@ -272,19 +293,17 @@ class Publisher:
             connection = connect(self._broker, name=f"reeld {self._worker_id} publisher")
         except (BrokerUnavailableError, FatalError) as error:
             # FatalError too: the consumer decides whether this process should end.
-            self._away_since = self._away_since or begun
-            self._connect_at = time.monotonic() + backoff_seconds(
-                self._broker, waited_seconds=time.monotonic() - self._away_since
-            )
-            self._status = f"waiting for the broker: {error}"
             log.debug("broker_unavailable", reason=str(error))
+            self._connect_later(begun, error)
             return False
         self._connection = connection
         try:
-            channel = connection.channel()
-            channel.confirm_delivery()
+            with connection.deadline(self._broker.confirm_timeout_seconds):
+                channel = connection.channel()
+                channel.confirm_delivery()
         except LOST as error:
             self._lost(error)
+            self._connect_later(begun, error)  # a broker that lets us in and refuses us must not be hammered either
             return False
         self._away_since = None
         self._channel = channel
@@ -293,6 +312,14 @@ class Publisher:
         self._connected_before = True
         self._status = "connected"
         return True
+
+    def _connect_later(self, begun: float, error: Exception) -> None:
+        """Backoff for a try that began at `begun` and failed."""
+        self._away_since = self._away_since or begun
+        now = time.monotonic()
+        self._connect_at = now + backoff_seconds(self._broker, waited_seconds=now - self._away_since)
+        self._status = f"waiting for the broker: {error}"
+        self._refused = None
 
     def _backoff(self, failures: int) -> float:
         """Exponential, with full jitter: many daemons must not come back at the same moment."""

@@ -73,7 +73,7 @@ class Reporter:
         self._publisher.offer(self._message(event, persistent=False))
 
     def terminal(self, name: str, job: Job, data: dict[str, Any]) -> None:
-        """Publishes a terminal event, mandatory and confirmed, and to `reply_to` where the job has one.
+        """Publishes a terminal event, mandatory and confirmed, and offers it to `reply_to` where the job has one.
 
         Raises PublishError when the wait for its confirm was given up: then the job must not be acked.
         """
@@ -92,19 +92,7 @@ class Reporter:
             traceparent=job.traceparent,
         )
         self._publish_terminal(event)
-        if job.reply_to:
-            # Not mandatory: a caller that has gone away must not keep the job alive.
-            self._publisher.offer(
-                Message(
-                    exchange="",
-                    routing_key=job.reply_to,
-                    body=event.body,
-                    content_type=CONTENT_TYPE,
-                    type=event.type,
-                    message_id=event.event_id,
-                    correlation_id=job.correlation_id or job.job_id,
-                )
-            )
+        self._reply(event, reply_to=job.reply_to, correlation_id=job.correlation_id or job.job_id)
 
     def failed(self, job: Job, delivery: Delivery, error: JobError) -> None:
         """Publishes the dead letter, then the `failed` event. Raises PublishError as `terminal` does."""
@@ -112,7 +100,7 @@ class Reporter:
         self.terminal("failed", job, _failure(error))
 
     def failed_malformed(self, delivery: Delivery, error: JobError, *, job_id: str | None, digest: str) -> None:
-        """The same for a message that is no job; without a job id there is nobody to send an event to."""
+        """The same for a message that is no job; without a job id there is nothing to call it by in an event."""
         self._dead_letter(delivery, error, job_id=job_id)
         if job_id is None:
             return
@@ -124,6 +112,7 @@ class Reporter:
             event_id=f"{job_id}:failed:{digest[:16]}",
         )
         self._publish_terminal(event)
+        self._reply(event, reply_to=delivery.reply_to, correlation_id=delivery.correlation_id or job_id)
 
     def retry_later(self, job: Job, delivery: Delivery, error: JobError, *, delay_seconds: int) -> None:
         """Puts a copy on the retry ladder, confirmed and mandatory. Raises PublishError when it is not."""
@@ -147,6 +136,22 @@ class Reporter:
     def _publish_terminal(self, event: Event) -> None:
         message = self._message(event, persistent=True, mandatory=True)
         self._publisher.publish(replace(message, alternate_queue=self._topology.unrouted), give_up=self.give_up)
+
+    def _reply(self, event: Event, *, reply_to: str | None, correlation_id: str) -> None:
+        """Offers a terminal event to whoever the publisher named. It may be lost: a caller that has gone away, or whose
+        queue is full, must not keep the job alive."""
+        if reply_to:
+            self._publisher.offer(
+                Message(
+                    exchange="",
+                    routing_key=reply_to,
+                    body=event.body,
+                    content_type=CONTENT_TYPE,
+                    type=event.type,
+                    message_id=event.event_id,
+                    correlation_id=correlation_id,
+                )
+            )
 
     def _dead_letter(self, delivery: Delivery, error: JobError, *, job_id: str | None) -> None:
         headers: dict[str, Any] = {
