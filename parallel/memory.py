@@ -105,7 +105,7 @@ def weight_bytes(
         if part.is_encoder:
             waits = memory.offloads_encoders or memory.strategy == "vram_limit"
             (wait if waits else stay)[part.name] = part.elements * element
-        elif part.is_dit and memory.strategy == "fsdp" and world_size > 1:
+        elif part.is_sharded and memory.strategy == "fsdp" and world_size > 1:
             shards = sum(
                 math.ceil(tensor[0] / world_size) * math.prod(tensor[1:]) for block in part.blocks for tensor in block
             )
@@ -145,7 +145,8 @@ def _predict_rank(
         phases["encode_frames"] = _encode_frames(model, shape, world_size, rank, element)
     if memory.strategy == "fsdp" and world_size > 1:
         # The block at work, the next one as it arrives, and the last one's buffer until its copy is known to be done.
-        phases["denoise"]["gathered_blocks"] = 3 * model.dit.largest_block * element
+        largest = max(part.largest_block for part in model.parts if part.is_sharded)
+        phases["denoise"]["gathered_blocks"] = 3 * largest * element
     if memory.strategy == "vram_limit":
         _fill_up(stay, phases, {part.name: wait.get(part.name, 0) for part in model.parts if part.is_dit}, memory)
     if rank == 0:
@@ -263,9 +264,11 @@ def _encode_frames(model: ModelSizes, shape: JobShape, world_size: int, rank: in
     if shape.tiled:
         share = min(1.0, _TILE[0] * _TILE[1] * vae.factor**2 / pixels)
     video = 3 * shape.num_frames * pixels * element
+    # VACE's: its mask, and what shall stay and what shall change of it, beside it.
+    whole = 4 * video if model.dit.vace_layers else video
     return {
         "vae_encode": int(vae.encode_planes * share * pixels * element),
-        "input_video": int(video if rank == 0 else video * share),
+        "input_video": int(whole if rank == 0 else video * share),
     }
 
 

@@ -46,6 +46,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Used by DiffSynth's units, which rank 0 alone runs; the peers do without. The VAE's work is shared out.
 ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
 _DITS = ("dit", "dit2")
+# What of each is spread over the ranks under fsdp.
+_BLOCKS = {"dit": "blocks", "dit2": "blocks", "vace": "vace_blocks", "vace2": "vace_blocks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,8 @@ class _Loader:
         module = built.module.eval().requires_grad_(False).to(dtype=self._dtype)
         on_host = self._stays_on_host(attribute)
         device = torch.device("cpu") if on_host else self._world.device
-        if self._memory.strategy == "fsdp" and attribute in _DITS and self._world.world_size > 1:
-            blocks = list(module.get_submodule("blocks").children())
+        if self._memory.strategy == "fsdp" and attribute in _BLOCKS and self._world.world_size > 1:
+            blocks = list(module.get_submodule(_BLOCKS[attribute]).children())
             shard_blocks(blocks, self._world)
             self._sharded += blocks
         names = list(module.state_dict())

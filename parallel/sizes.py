@@ -12,7 +12,7 @@ from functools import cached_property
 from parallel.layouts import Layout, Shape, read_layout
 from parallel.profile import ModelFiles, ModelProfile
 
-_BLOCK = re.compile(r"^(?:model\.)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"^(?:model\.)?(?:vace_)?blocks\.(\d+)\.")
 _ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
 
 
@@ -20,7 +20,7 @@ _ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
 class PartSizes:
     """One model of the pipeline, by DiffSynth's name.
 
-    `blocks`: the shapes of each block's tensors, of a DiT and of the text encoder.
+    `blocks`: the shapes of each block's tensors, of a DiT, of VACE and of the text encoder.
     """
 
     name: str
@@ -30,6 +30,11 @@ class PartSizes:
     @property
     def is_encoder(self) -> bool:
         return self.name in _ENCODERS
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its blocks are spread over the ranks under fsdp."""
+        return self.is_dit or self.name in ("vace", "vace2")
 
     @property
     def is_dit(self) -> bool:
@@ -64,7 +69,6 @@ class DitSizes:
     vace_layers: int
     camera_channels: int
     """Of the camera's input for each pixel; 0: takes none."""
-    largest_block: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +122,18 @@ def sizes_of(profile: ModelProfile, layouts: Mapping[str, Layout]) -> ModelSizes
     dit = next(layout for role, layout in layouts.items() if role.startswith("dit"))
     return ModelSizes(
         parts=tuple(parts),
-        dit=_dit_sizes(profile, dit, next(part for part in parts if part.name == "dit")),
+        dit=_dit_sizes(profile, dit),
         vae=_vae_sizes(layouts["vae"]),
         text=_text_sizes(layouts["text_encoder"]),
     )
 
 
 def _dit_parts(name: str, layout: Layout) -> list[PartSizes]:
-    vace = sum(math.prod(shape) for tensor, shape in layout.items() if tensor.startswith("vace"))
-    found = [PartSizes(name, sum(map(math.prod, layout.values())) - vace, _blocks(layout))]
+    vace = {tensor: shape for tensor, shape in layout.items() if tensor.startswith("vace")}
+    plain = {tensor: shape for tensor, shape in layout.items() if tensor not in vace}
+    found = [PartSizes(name, sum(map(math.prod, plain.values())), _blocks(plain))]
     if vace:
-        found.append(PartSizes(name.replace("dit", "vace"), vace))
+        found.append(PartSizes(name.replace("dit", "vace"), sum(map(math.prod, vace.values())), _blocks(vace)))
     return found
 
 
@@ -141,7 +146,7 @@ def _blocks(layout: Layout) -> tuple[tuple[Shape, ...], ...]:
     return tuple(tuple(blocks[index]) for index in sorted(blocks))
 
 
-def _dit_sizes(profile: ModelProfile, layout: Layout, part: PartSizes) -> DitSizes:
+def _dit_sizes(profile: ModelProfile, layout: Layout) -> DitSizes:
     plain = {name.removeprefix("model."): shape for name, shape in layout.items()}
     dim, in_channels = plain["patch_embedding.weight"][:2]
     feed_forward = _first(plain, "blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight")
@@ -156,7 +161,6 @@ def _dit_sizes(profile: ModelProfile, layout: Layout, part: PartSizes) -> DitSiz
         vace_layers=len({name.split(".")[1] for name in plain if name.startswith("vace_blocks.")}),
         # Of a convolution over squares of 8 x 8 pixels, made into channels.
         camera_channels=plain.get("control_adapter.conv.weight", (0, 0))[1] // 64,
-        largest_block=part.largest_block,
     )
 
 

@@ -75,7 +75,7 @@ def _predict(
         width=plan.width,
         num_frames=plan.num_frames,
         tiled=plan.tiled,
-        frame_inputs=plan.input_image is not None,
+        frame_inputs=bool(plan.input_image or plan.vace_reference_image),
     )
     settings = MemorySettings(case["strategy"])
     found = predict_memory(sizes, shape, degrees=degrees, dtype=case["dtype"], memory=settings, on_gpu=False)[rank]

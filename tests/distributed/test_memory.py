@@ -36,6 +36,7 @@ def test_predictions_hold(ranks: int, models: Path, tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 384, 3), dtype=np.uint8)).save(image)
     direction = {"camera_control_direction": "Left", "camera_control_speed": 0.02}
     camera = {"task": "camera_to_video", "image": str(image), "shape": {**SHAPE, **direction}}
+    vace = {"task": "vace", "shape": {**SHAPE, "vace_reference_image": str(image)}}
     cases = {
         1: [
             _case(models, "plain", shape={**SHAPE, "num_frames": 13}),
@@ -50,6 +51,7 @@ def test_predictions_hold(ranks: int, models: Path, tmp_path: Path) -> None:
             _case(models, "ring", pinned=RING),
             _case(models, "fsdp", pinned=ULYSSES, strategy="fsdp"),
             _case(models, "camera", "tiny-fun-camera", pinned=ULYSSES, **camera),
+            _case(models, "VACE, fsdp", "tiny-vace", pinned=ULYSSES, strategy="fsdp", **vace),
         ],
     }[ranks]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
