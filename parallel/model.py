@@ -26,6 +26,7 @@ from parallel.conditions import PromptCache
 from parallel.forward import prepare_dit, shape_of
 from parallel.forward_s2v import prepare_s2v
 from parallel.forward_vace import prepare_vace
+from parallel.host_memory import page_locked
 from parallel.layouts import Layout, StoredTensor, read_tensors
 from parallel.loading import Destination, Progress, Wanted, load_tensors, stored_by_name
 from parallel.lora import DEFAULT_CACHE_BYTES, LoraWeights, local_part
@@ -263,18 +264,21 @@ def _allocate(
 ) -> dict[str, Destination]:
     """Memory for every tensor of the module's state, and where in it the stored elements go. `pinned_for`: the GPU that
     host memory is page-locked for."""
+    destinations: dict[str, Destination] = {}
+    state = module.state_dict()
+    # As DiffSynth does, whatever the stored dtype is.
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not isinstance(tensor, DTensor)}
     if pinned_for is not None:
         torch.cuda.set_device(pinned_for)  # this thread's
-    destinations: dict[str, Destination] = {}
-    whole: dict[str, torch.Tensor] = {}
-    for name, tensor in module.state_dict().items():
+        whole = page_locked(shapes, dtype)
+    else:
+        whole = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    for name, tensor in state.items():
         if isinstance(tensor, DTensor):
             local, rows = local_part(tensor)
             row = math.prod(tensor.shape[1:])  # by its shape: an element of a sharded tensor is gathered first
             destinations[name] = Destination(flat=local.view(-1), first=rows.start * row)
         else:
-            # As DiffSynth does, whatever the stored dtype is.
-            whole[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned_for is not None)
             destinations[name] = Destination(flat=whole[name].view(-1))
     module.load_state_dict(whole, assign=True, strict=False)
     return destinations
