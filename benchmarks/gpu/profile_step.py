@@ -7,6 +7,7 @@ because a card under load does not keep its clock. Leaves OUTPUT/step.json, and 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -18,8 +19,6 @@ from typing import Any
 import torch
 from diffsynth.models.wan_video_dit import rope_apply
 from diffsynth.pipelines.wan_video import model_fn_wan_video
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from parallel.attention import Sequence
@@ -27,7 +26,7 @@ from parallel.bench import parse_shape
 from parallel.bench_variants import ALONE, Case, diffsynth_loop, our_loop, random_dit, sharing
 from parallel.card import CardSampler, matmul_tflops
 from parallel.forward import BlockRunner, Modulation, after_attention, prepare_dit, queries_keys_values
-from parallel.kernels import choose_kernel
+from parallel.kernels import choose_kernel, try_kernels
 from parallel.rope import RopeTables, TokenGrid
 from parallel.world import join, read_launch
 
@@ -38,6 +37,7 @@ def main() -> None:
     parser.add_argument("--shape", type=parse_shape, default=(480, 832, 81))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kernels-only", action="store_true", help="the attention kernels, and no more")
     options = parser.parse_args()
     world = join(read_launch(), device_kind="auto")
     device = world.device
@@ -54,11 +54,15 @@ def main() -> None:
         prepare_dit(compiled, compile_blocks=True)
         height, width, num_frames = options.shape
         grid = TokenGrid((num_frames - 1) // 4 + 1, height // 16, width // 16)
-        out["kernels"] = compare(_kernels(plain, grid, device), options.rounds, 5)
+        kernels = _kernels(plain, grid, device)
+        out["kernels"] = compare(kernels, options.rounds, 5)
         report("kernels", out["kernels"])
+        out["kernel_errors"] = _errors(plain, device)
+        out["sustained_ms"] = {name: _sustained(run, device) for name, run in kernels.items() if "lse" not in name}
+        print(out["kernel_errors"], *out["sustained_ms"].items(), sep="\n", flush=True)
         save()
-        out["sustained_cudnn_ms"] = _sustained(plain, grid, device)
-        print(out["sustained_cudnn_ms"], flush=True)
+        if options.kernels_only:
+            return
         out["halves"] = compare(_halves(plain, grid, device), options.rounds, 5)
         report("halves", out["halves"])
         save()
@@ -126,45 +130,46 @@ def report(title: str, rows: dict[str, Any]) -> None:
 
 
 def _kernels(dit: Any, grid: TokenGrid, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Every attention kernel that runs here, on q, k and v as a rank alone has them: (1, tokens, heads, head_dim)."""
     heads = dit.blocks[0].num_heads
     head_dim = dit.dim // heads
-    packed = torch.randn(grid.num_tokens, 1, 3, heads, head_dim, device=device, dtype=torch.bfloat16)
-    apart = [packed[:, :, i].transpose(0, 1).contiguous() for i in range(3)]  # (1, tokens, heads, head_dim)
-    by_head = [each.transpose(1, 2).contiguous() for each in apart]
-    strided = [packed[:, :, i].transpose(0, 1).transpose(1, 2) for i in range(3)]
-    viewed = [each.transpose(1, 2) for each in apart]
-
-    def sdpa(backend: SDPBackend | None, tensors: list[torch.Tensor]) -> Callable[[], Any]:
-        q, k, v = tensors
-
-        def run() -> Any:
-            if backend is None:
-                return scaled_dot_product_attention(q, k, v)
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v)
-
-        return run
-
-    return {
-        "default, (b, h, t, d)": sdpa(None, by_head),
-        "default, (b, t, h, d) viewed": sdpa(None, viewed),
-        "cudnn, (b, h, t, d)": sdpa(SDPBackend.CUDNN_ATTENTION, by_head),
-        "cudnn, (b, t, h, d) viewed": sdpa(SDPBackend.CUDNN_ATTENTION, viewed),
-        "cudnn, packed": sdpa(SDPBackend.CUDNN_ATTENTION, strided),
-        "flash2, (b, t, h, d) viewed": sdpa(SDPBackend.FLASH_ATTENTION, viewed),
-        "flash2, packed": sdpa(SDPBackend.FLASH_ATTENTION, strided),
-    }
+    q, k, v = (torch.randn(1, grid.num_tokens, heads, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3))
+    runs: dict[str, Callable[[], Any]] = {}
+    for kernel, refusal in try_kernels(device, torch.bfloat16, head_dim):
+        print(f"{kernel.name}: {refusal or 'runs'}", flush=True)
+        if refusal is None:
+            runs[kernel.name] = functools.partial(kernel.attend, q, k, v)
+            runs[f"{kernel.name} with lse"] = functools.partial(kernel.attend_with_lse, q, k, v)
+    return runs
 
 
-def _sustained(dit: Any, grid: TokenGrid, device: torch.device) -> list[Any]:
-    """cuDNN for two seconds without a pause: milliseconds, MHz and W in ten parts."""
-    run = _kernels(dit, grid, device)["cudnn, packed"]
+def _errors(dit: Any, device: torch.device) -> dict[str, float]:
+    """Relative error of each kernel's result against attention in float64, over 4,096 tokens."""
+    head_dim = dit.dim // dit.blocks[0].num_heads
+    q, k, v = (torch.randn(1, 4096, 4, head_dim, device=device).to(torch.bfloat16) for _ in range(3))
+    by_head = [each.transpose(1, 2).double() for each in (q, k, v)]
+    scores = by_head[0] @ by_head[1].transpose(-1, -2) / head_dim**0.5
+    exact = (scores.softmax(-1) @ by_head[2]).transpose(1, 2)
+    lse = scores.logsumexp(-1).transpose(1, 2)
+    errors = {}
+    for kernel, refusal in try_kernels(device, torch.bfloat16, head_dim):
+        if refusal is None:
+            out, found = kernel.attend_with_lse(q, k, v)
+            errors[kernel.name] = float((kernel.attend(q, k, v) - exact).norm() / exact.norm())
+            errors[f"{kernel.name} with lse"] = float((out - exact).norm() / exact.norm())
+            errors[f"{kernel.name}, lse"] = float((found - lse).abs().max())
+    return errors
+
+
+def _sustained(run: Callable[[], Any], device: torch.device) -> list[Any]:
+    """For two seconds without a pause: milliseconds, MHz and W in eight parts."""
     parts = []
-    for _ in range(10):
-        begun, count = time.perf_counter(), 12
-        for _ in range(count):
+    for _ in range(8):
+        count, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < 0.25:
             run()
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
+            count += 1
         ms = (time.perf_counter() - begun) / count * 1000
         parts.append([round(ms, 2), torch.cuda.clock_rate(device), round(torch.cuda.power_draw(device) / 1000)])
     return parts

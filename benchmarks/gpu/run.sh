@@ -1,10 +1,11 @@
 #!/bin/sh
 # The benchmarks on a bare machine with N GPUs that has Python 3.12, torch, CUDA and pytest, but no network: installs
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
-# JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them.
+# JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them. With what
+# benchmarks/gpu/carry_flash3.sh packed beside it (.flash3), all stages from there on run with FlashAttention 3.
 #
-#   OUT=DIR benchmarks/gpu/run.sh smoke profile 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video memory \
-#       precision+memory sharding offload daemon unit loading recovery
+#   OUT=DIR benchmarks/gpu/run.sh smoke profile kernels 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video \
+#       memory precision+memory sharding offload daemon unit loading recovery
 set -u
 
 here=$PWD
@@ -13,12 +14,17 @@ if ! [ /opt/reeld-site -nt .whl/carry.tar.xz ]; then # not there yet, from an ea
     python3 -c 'import tarfile; tarfile.open(".whl/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
     touch /opt/reeld-site
 fi
+if [ -e .flash3/carry.tar.xz ] && ! [ /opt/reeld-flash3 -nt .flash3/carry.tar.xz ]; then
+    python3 -c 'import tarfile; tarfile.open(".flash3/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
+    touch /opt/reeld-flash3
+fi
 site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf '%s\n' /opt/reeld-site "$here" >"$site/reeld-carried.pth"
+printf '%s\n' /opt/reeld-site /opt/reeld-flash3 "$here" >"$site/reeld-carried.pth"
 scripts=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
 printf '#!/bin/sh\nexec "%s/python3" -m ops.cli "$@"\n' "$scripts" >"$scripts/reeld"
 chmod +x "$scripts/reeld"
 export PATH="$PATH:/usr/lib/erlang/bin" IMAGEIO_FFMPEG_EXE=/usr/bin/ffmpeg-carried PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+python3 -m benchmarks.gpu.older_torch
 nproc=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader >"$OUT/gpus.txt"
 
@@ -53,6 +59,15 @@ video() { # NAME PROFILE ARGUMENTS...
         --output "$OUT/$video.json" "$@"
     grep '^{' "$OUT/$video.log" | cut -c1-1500
     tail -1 "$OUT/$video.log" | cut -c1-600
+}
+
+kernels() { # attention alone, at the 1.3B's and the 14B's heads
+    for each in 1.3b 14b; do
+        mkdir -p "$OUT/kernels-$each"
+        stage "kernels-$each" 60 python3 -m benchmarks.gpu.profile_step --kernels-only --profile "wan2.1-t2v-$each" \
+            --output "$OUT/kernels-$each"
+        cat "$OUT/kernels-$each.log"
+    done
 }
 
 precision() { # against float32
@@ -128,6 +143,7 @@ for each in "$@"; do
     case $each in
         smoke) bench smoke 90 --profile tiny-t2v --shape 128x192x33 --compile --fsdp ;;
         profile) stage profile 120 python3 -m benchmarks.gpu.profile_step --output "$OUT" ;;
+        kernels) kernels ;;
         # Eager variants on one and two cards; more have too many splits for all of them.
         # shellcheck disable=SC2046 # a list of words
         1.3b) bench 1.3b 240 --profile wan2.1-t2v-1.3b --steps 2 --rounds 3 --compile --fsdp \
