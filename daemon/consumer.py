@@ -78,6 +78,8 @@ class Consumer:
     After a lost connection the queue is consumed again only once the deliveries in hand are settled: what they
     carry is redelivered, and each redelivery that is lost again would count towards the queue's delivery limit.
     `prepare(connection)` runs after each connect, before consuming; it may raise ConfigError.
+    Until this worker has consumed, in this process or (`served_before`) in one before it, a refusal is final;
+    `on_first_consuming` tells when it has.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Consumer:
         prepare: Callable[[Connection], None],
         on_control: Callable[[str], None],
         patience_seconds: float = 60.0,
+        served_before: bool = False,
+        on_first_consuming: Callable[[], None] = lambda: None,
         measurements: Measurements = SILENT,
     ) -> None:
         self._broker = broker
@@ -106,7 +110,8 @@ class Consumer:
         self._draining = False
         self._stop = threading.Event()
         self._cancelled_by_broker = False
-        self._served_before = False
+        self._served_before = served_before
+        self._on_first_consuming = on_first_consuming
         self._broken_since: float | None = None
         self._failures = 0
         self.deliveries: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
@@ -219,7 +224,7 @@ class Consumer:
         )
         if connection is None:
             return
-        if self._served_before:
+        if self._generation > 0:
             self._measurements.reconnected("consumer")
         begun = time.monotonic()
         try:
@@ -288,7 +293,9 @@ class Consumer:
             raise ConfigError(
                 f"queue {self._topology.jobs_queue}: {error.reply_text}; run `reeld topology apply`"
             ) from error
-        self._served_before = True
+        if not self._served_before:
+            self._served_before = True
+            self._on_first_consuming()
         self._broken_since = None
         self.status = "consuming"
         self.trouble = None

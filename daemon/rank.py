@@ -48,6 +48,7 @@ from parallel.world import CudaForkedError, HealthBoard, Launch, World, join, re
 log = structlog.get_logger("process")
 
 _LOADING_LOG_SECONDS = 5.0
+_SERVED_MARK = "served"  # a group of this launcher has consumed: what refuses the next one may pass
 _STATUS_CHARACTERS = 500  # of a pulse's 4096 bytes, twice
 
 
@@ -170,6 +171,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         "world_size": world.world_size,
     }
     coordinator: Coordinator | None = None
+    served = Path(runtime) / _SERVED_MARK if runtime else None
 
     def on_control(routing_key: str) -> None:
         if coordinator is not None:
@@ -182,6 +184,8 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         prepare=lambda connection: prepare_topology(connection, topology, apply=config.topology.apply),
         on_control=on_control,
         patience_seconds=config.topology.patience_seconds,
+        served_before=served is not None and served.exists(),
+        on_first_consuming=partial(leave_mark, served) if served is not None else lambda: None,
         measurements=measurements,
     )
 

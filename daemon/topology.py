@@ -15,8 +15,8 @@ from daemon.config import Config
 from daemon.errors import ConfigError
 from daemon.events import TERMINAL
 
-# Of the dead letters' queue. To look at a message is a delivery, and past the limit, which is 20 by default from 4.0
-# on, the broker drops it. -1 means none there, but loses it on 3.10 at the first return.
+# Of the queues that people look into. To look at a message is a delivery, and past the limit, which is 20 by default
+# from 4.0 on, the broker drops it. -1 means none there, but loses it on 3.10 at the first return.
 _NO_LIMIT = 1_000_000_000
 
 
@@ -137,7 +137,15 @@ class Topology:
             Queue(self.jobs_queue, jobs),
             *retries,
             Queue(self.dead_queue, {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}),
-            Queue(self.unrouted, {"x-max-length": self.unrouted_max_length, "x-overflow": "drop-head"}),
+            Queue(
+                self.unrouted,
+                {
+                    "x-queue-type": "quorum",  # all are: while a classic queue's node is away, a declare answers 404
+                    "x-max-length": self.unrouted_max_length,
+                    "x-overflow": "drop-head",
+                    "x-delivery-limit": _NO_LIMIT,
+                },
+            ),
         ]
 
     def bindings(self) -> list[Binding]:

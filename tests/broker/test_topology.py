@@ -106,6 +106,25 @@ def test_only_terminal_events_are_kept_when_nobody_listens(vhost: str) -> None:
         assert channel.basic_get(topology.unrouted, auto_ack=True)[0] is None
 
 
+def test_every_queue_outlives_a_node_and_the_unrouted_are_bounded(vhost: str) -> None:
+    """A classic queue lives on one node of a cluster: while that is away, each declare of it answers 404. The oldest of
+    the kept last events makes room for the newest, and none is refused."""
+    settings, topology = BrokerConfig(url=vhost), a_topology(unrouted_max_length=2)
+    assert {queue.arguments.get("x-queue-type") for queue in topology.queues()} == {"quorum"}
+    assert client.apply_on(settings, topology) == []
+    assert client.check_on(settings, topology) == []
+    with closing(pika.BlockingConnection(pika.URLParameters(vhost))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        keys = [f"job.{number}.succeeded" for number in range(5)]
+        for key in keys:
+            channel.basic_publish(topology.status_exchange, key, key.encode(), mandatory=True)
+        kept = []
+        while (got := channel.basic_get(topology.unrouted, auto_ack=True))[0] is not None:
+            kept.append(got[2].decode())
+    assert kept == keys[-2:]
+
+
 def test_a_queue_that_differs_is_named_with_both_values_and_left_alone(vhost: str) -> None:
     """Apply never deletes: the queue keeps its argument, and everything else is declared."""
     settings = BrokerConfig(url=vhost)
