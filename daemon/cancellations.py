@@ -24,6 +24,7 @@ class Cancellations:
         self._path = path
         self._memory_seconds = memory_seconds
         self._until: OrderedDict[str, float] = OrderedDict()
+        self._lines = 0  # of the file
         self._lock = threading.Lock()
         self._load()
 
@@ -67,6 +68,7 @@ class Cancellations:
         self._rewrite()
 
     def _rewrite(self) -> None:
+        self._lines = len(self._until)
         text = "".join(self._line(job_id) for job_id in self._until)
         try:
             new = self._path.with_name(self._path.name + ".new")
@@ -76,6 +78,10 @@ class Cancellations:
             self._unwritable(error)
 
     def _append(self, job_id: str) -> None:
+        if self._lines >= 2 * _IDS_REMEMBERED:  # most of them are of ids that were forgotten since
+            self._rewrite()
+            return
+        self._lines += 1
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(self._line(job_id))

@@ -41,6 +41,18 @@ def test_cancel_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (tmp_path / "cancelled.jsonl").read_text() == ""
 
 
+def test_file_of_cancels_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cancel adds a line; a process that lives for months keeps its file at twice what it remembers, at most."""
+    monkeypatch.setattr("daemon.cancellations._IDS_REMEMBERED", 10)
+    cancelled = _cancellations(tmp_path)
+    cancelled.add("first")
+    for number in range(200):
+        cancelled.add(f"{number % 3}")
+        cancelled.forget(f"{number % 3}")
+        assert len((tmp_path / "cancelled.jsonl").read_text().splitlines()) <= 20
+    assert "first" in _cancellations(tmp_path)
+
+
 def test_memory_of_cancels_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancels come from anybody: past the bound the oldest is forgotten."""
     monkeypatch.setattr("daemon.cancellations._IDS_REMEMBERED", 3)
