@@ -16,7 +16,9 @@ from ops import commands_bench, commands_operator, commands_service
 from ops.options import (
     DEFAULT_URL,
     CaFileOption,
+    CertFileOption,
     ConfigOption,
+    KeyFileOption,
     PoolOption,
     PrefixOption,
     UrlFileOption,
@@ -82,6 +84,8 @@ def submit(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     pool: PoolOption = None,
     file: Annotated[
@@ -153,7 +157,7 @@ def submit(
             "time_limit_seconds": time_limit,
         },
     )
-    broker = broker_of(url, url_file, ca_file, prefix)
+    broker = broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
     submission.submit(broker, pool, document, validate=validate, wait=wait, timeout_seconds=timeout)
 
 
@@ -162,6 +166,8 @@ def watch(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     job: Annotated[str | None, typer.Option(metavar="ID", help="Only this job's events.")] = None,
     worker: Annotated[bool, typer.Option("--worker", help="Only the workers' events, heartbeats included.")] = False,
@@ -179,7 +185,8 @@ def watch(
     """
     from ops import watch as command
 
-    command.watch(broker_of(url, url_file, ca_file, prefix), command.routing_keys(job, worker=worker), as_json=as_json)
+    broker = broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
+    command.watch(broker, command.routing_keys(job, worker=worker), as_json=as_json)
 
 
 @topology_app.command("plan")
@@ -226,7 +233,7 @@ def topology_check(config: ConfigOption = None) -> None:
 @app.command()
 def plan(
     config: ConfigOption = None,
-    profile: Annotated[str | None, typer.Option(help="A profile's name or file, instead of --config.")] = None,
+    profile: Annotated[str | None, typer.Option(help="A profile's name or file, or one of --config's models.")] = None,
     folder: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="Its folder; without one torch is needed (slow).")
     ] = None,
@@ -238,15 +245,17 @@ def plan(
     cfg_scale: Annotated[float | None, typer.Option(help="1: one branch only.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="Say whether it fits; ends with 1 when it does not.")
+        float | None, typer.Option(metavar="GIB", help="Say whether it fits; by default into memory_limit_gib.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
     """Print the memory that a job would take on each rank, part by part, before anything loads.
 
+    What neither an option nor the configuration says is named as assumed. Ends with 1 when it does not fit.
+
     Examples:
 
-        reeld plan --config /etc/reeld/reeld.toml --num-frames 81
+        reeld plan --config /etc/reeld/reeld.toml --ranks 2 --gpu-memory 80 --num-frames 121
 
         reeld plan --profile wan2.1-t2v-14b --ranks 2 --memory fsdp --gpu-memory 80
     """

@@ -4,16 +4,30 @@ Owns their options. Each command's work is in a module of its own, imported only
 other commands (`ops.cli`).
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops.options import DEFAULT_URL, CaFileOption, PoolOption, PrefixOption, UrlFileOption, UrlOption, broker_of
+from ops.options import (
+    DEFAULT_URL,
+    CaFileOption,
+    CertFileOption,
+    KeyFileOption,
+    PoolOption,
+    PrefixOption,
+    UrlFileOption,
+    UrlOption,
+    broker_of,
+)
 
 if TYPE_CHECKING:
     from daemon.config import BrokerConfig
     from ops.dlq import Filters
+
+# `reeld@INSTANCE.service` reads INSTANCE.toml there, with REELD_INSTANCE set.
+_UNITS_FOLDER = Path("/etc/reeld")
 
 dlq_app = typer.Typer(help="List, show, requeue or drop the jobs that could not be done.", no_args_is_help=True)
 
@@ -35,6 +49,8 @@ def dlq_list(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     pool: PoolOption = None,
     config: ConfigInstead = None,
@@ -54,7 +70,7 @@ def dlq_list(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
     dlq.list_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
@@ -63,6 +79,8 @@ def dlq_show(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     pool: PoolOption = None,
     config: ConfigInstead = None,
@@ -82,7 +100,7 @@ def dlq_show(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
     dlq.show_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
@@ -91,6 +109,8 @@ def dlq_requeue(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     pool: PoolOption = None,
     config: ConfigInstead = None,
@@ -113,7 +133,7 @@ def dlq_requeue(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
     dlq.requeue(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
@@ -122,6 +142,8 @@ def dlq_drop(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     pool: PoolOption = None,
     config: ConfigInstead = None,
@@ -142,7 +164,7 @@ def dlq_drop(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, prefix, pool, config)
+    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
     dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
@@ -150,6 +172,8 @@ def top(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     config: ConfigInstead = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, when all had the time to be heard.")] = False,
@@ -174,7 +198,7 @@ def top(
 
     if not once and (as_json or svg or timeout):
         raise UsageError("--json, --svg and --timeout go with --once")
-    broker = _broker_of(url, url_file, ca_file, prefix, config)
+    broker = _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config)
     if once:
         command.once(broker, as_json=as_json, svg=svg, timeout_seconds=timeout)
     else:
@@ -182,10 +206,15 @@ def top(
 
 
 def drain(
-    worker: Annotated[list[str] | None, typer.Argument(metavar="WORKER...", help="worker_id, as `top` shows.")] = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="WORKER...", help="worker_id, as `top` shows; of a unit HOST-INSTANCE by default."),
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     prefix: PrefixOption = "reeld",
     config: Annotated[
         Path | None,
@@ -201,7 +230,7 @@ def drain(
 
     Examples:
 
-        reeld drain box-7 --wait
+        reeld drain box-7-wan --wait
 
         reeld drain --all --wait --timeout 1800
     """
@@ -210,12 +239,10 @@ def drain(
 
     names = list(worker or ())
     if config is not None and not names and not every:
-        from daemon.config import load_config
-
-        names = [load_config(config).worker_id]
+        names = [_worker_of(config)]
     if bool(names) == every:
         raise UsageError("name the workers (`reeld top --once` lists them), or give --all")
-    broker = _broker_of(url, url_file, ca_file, prefix, config)
+    broker = _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config)
     command.drain(broker, list(dict.fromkeys(names)), every=every, wait=wait, timeout_seconds=timeout)
 
 
@@ -277,18 +304,42 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(dlq_app, name="dlq")
 
 
+def _worker_of(config: Path) -> str:
+    """The worker that runs a configuration. One in /etc/reeld is a unit's, whose name has the instance in it."""
+    from daemon.config import load_config
+
+    settings = load_config(config)
+    named = "worker_id" in settings.model_fields_set or "REELD_INSTANCE" in os.environ
+    if named or config.absolute().parent != _UNITS_FOLDER:
+        return settings.worker_id
+    return f"{settings.worker_id}-{config.stem}"
+
+
 def _broker_of(
-    url: str, url_file: Path | None, ca_file: Path | None, prefix: str, config: Path | None
+    url: str,
+    url_file: Path | None,
+    ca_file: Path | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    prefix: str,
+    config: Path | None,
 ) -> "BrokerConfig":
     if config is None:
-        return broker_of(url, url_file, ca_file, prefix)
+        return broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
     from daemon.config import load_config
 
     return load_config(config).broker
 
 
 def _pool_of(
-    url: str, url_file: Path | None, ca_file: Path | None, prefix: str, pool: str | None, config: Path | None
+    url: str,
+    url_file: Path | None,
+    ca_file: Path | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    prefix: str,
+    pool: str | None,
+    config: Path | None,
 ) -> "tuple[BrokerConfig, str]":
     """The broker and the pool, by options or by a configuration. Raises UsageError."""
     from ops.failure import UsageError
@@ -299,7 +350,7 @@ def _pool_of(
         pool = load_config(config).pool_name
     if pool is None:
         raise UsageError("give the worker's pool with --pool, REELD_POOL or --config")
-    return _broker_of(url, url_file, ca_file, prefix, config), pool
+    return _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config), pool
 
 
 def _filters(

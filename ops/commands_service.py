@@ -1,5 +1,6 @@
 """`reeld install`: the command line of laying reeld out as a service. Its work is in `ops.service_install`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def install(
     """Lay this checkout out as a systemd service, or bring what is installed up to it. Needs root, and does no more
     than is missing.
 
-    An upgrade builds the new release first, then drains what runs, switches, and starts it again. Configuration in
+    An upgrade builds the new release and switches to it, then drains what runs and starts it again. Configuration in
     /etc/reeld and videos in /var/lib/reeld are never touched.
 
     Examples:
@@ -38,6 +39,7 @@ def install(
     from ops import service_install
     from ops.failure import UsageError
 
+    os.umask(0o022)  # the unit's user reads what root makes here
     if purge and not uninstall:
         raise UsageError("--purge goes with --uninstall")
     box = service_install.Box(root=root)

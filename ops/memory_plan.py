@@ -3,13 +3,13 @@
 Owns the choice of what is planned and its two forms, a table and JSON. Leaves out the arithmetic (`parallel.memory`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from daemon.config import load_config
 from ops.failure import UsageError
-from parallel.memory import DTYPE_BYTES, JobShape, predict_memory
+from parallel.memory import DTYPE_BYTES, JobShape, predict_memory, weight_bytes
 from parallel.profile import ModelFolderError, ModelProfile, check_model_folder, load_profile
 from parallel.sizes import ModelSizes, read_sizes, sizes_of
 from parallel.split import CUDA, DitShape, ParallelDegrees, PinnedDegrees, choose_degrees
@@ -18,7 +18,10 @@ from parallel.strategy import MemorySettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What to plan; None takes the profile's default. `folder` None: the layouts come from DiffSynth's own classes."""
+    """What to plan; None takes the profile's default. `folder` None: the layouts come from DiffSynth's own classes.
+
+    `others`: folders of the models that are loaded beside it, by profile. `assumed`: choices that nobody made.
+    """
 
     profile: str
     folder: Path | None
@@ -33,6 +36,8 @@ class Asked:
     cfg_scale: float | None = None
     tiled: bool = False
     gpu_memory_gib: float | None = None
+    others: dict[str, Path] = field(default_factory=dict)
+    assumed: dict[str, str | int] = field(default_factory=dict)
 
 
 def asked(
@@ -51,30 +56,40 @@ def asked(
 ) -> Asked:
     """What the options ask for, over what the configuration says. Raises UsageError, and ConfigError."""
     config = load_config(config_path) if profile is None or config_path is not None else None
-    if config is not None and profile is None:
-        profile, folder = config.models[0].profile, folder or config.models[0].path
+    models = {} if config is None else {model.profile: model.path for model in config.models}
+    assumed: dict[str, str | int] = {}
     if profile is None:
-        raise UsageError("give --config or --profile")
+        profile = next(iter(models))
+        if len(models) > 1:
+            assumed["profile"] = profile
+    others = {name: path for name, path in models.items() if name != profile} if profile in models else {}
+    device = "cpu" if config is not None and config.device == "cpu" else "cuda"
     configured = None if config is None or config.nproc_per_node == "auto" else config.nproc_per_node
+    if ranks is None and configured is None and device == "cuda":
+        assumed["ranks"] = 1
     strategy = memory or (config.memory if config is not None else "resident")
     chosen_dtype = dtype or (config.dtype if config is not None else "bfloat16")
     if chosen_dtype not in DTYPE_BYTES:
         raise UsageError(f"--dtype: give one of {', '.join(DTYPE_BYTES)}")
     limit = config.vram_limit_gib if config is not None and strategy == "vram_limit" else None
+    if gpu_memory_gib is None and config is not None:
+        gpu_memory_gib = config.memory_limit_gib
     return Asked(
         profile=profile,
-        folder=folder,
+        folder=folder or models.get(profile),
         ranks=ranks or configured or 1,
         memory=MemorySettings(strategy, limit),
         dtype=chosen_dtype,
         pinned=config.parallel.pinned() if config is not None else PinnedDegrees(),
-        device="cpu" if config is not None and config.device == "cpu" else "cuda",
+        device=device,
         height=height,
         width=width,
         num_frames=num_frames,
         cfg_scale=cfg_scale,
         tiled=config is not None and config.parallel.vae == "tiled",
         gpu_memory_gib=gpu_memory_gib,
+        others=others,
+        assumed=assumed,
     )
 
 
@@ -86,10 +101,17 @@ def plan(asked: Asked) -> dict[str, Any]:
         sizes = _sizes(profile, asked.folder)
         shape = _shape(profile, asked)
         degrees = _degrees(sizes, shape, asked)
+        others = sum(_resting_bytes(name, path, asked) for name, path in asked.others.items())
     except (ValueError, ModelFolderError) as error:
         raise UsageError(str(error)) from error
     ranks = predict_memory(
-        sizes, shape, degrees=degrees, dtype=asked.dtype, memory=asked.memory, on_gpu=asked.device == "cuda"
+        sizes,
+        shape,
+        degrees=degrees,
+        dtype=asked.dtype,
+        memory=asked.memory,
+        on_gpu=asked.device == "cuda",
+        other_weights=others,
     )
     largest = max(rank.total for rank in ranks)
     found: dict[str, Any] = {
@@ -100,8 +122,11 @@ def plan(asked: Asked) -> dict[str, Any]:
         "dtype": asked.dtype,
         "ranks": [asdict(rank) | {"fullest_phase": rank.fullest_phase, "total": rank.total} for rank in ranks],
         "largest_total": largest,
+        "assumed": asked.assumed
+        | {name: getattr(shape, name) for name in ("height", "width", "num_frames") if getattr(asked, name) is None},
     }
     if asked.gpu_memory_gib is not None:
+        found["gpu_memory_gib"] = asked.gpu_memory_gib
         found["fits"] = largest <= asked.gpu_memory_gib * 2**30
     return found
 
@@ -113,9 +138,11 @@ def table(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['profile']}: {shape['width']}x{shape['height']}, {shape['num_frames']} frames, {found['dtype']}, "
         f"memory {found['memory']}, {len(ranks)} rank(s) as CFG x Ulysses x ring {split}",
-        "",
-        _row("GiB", [f"rank {rank['rank']}" for rank in ranks]),
     ]
+    if found["assumed"]:
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found["assumed"].items())
+        lines.append(f"assumed: {options} (give them to plan another job)")
+    lines += ["", _row("GiB", [f"rank {rank['rank']}" for rank in ranks])]
     for title in ("weights", "encode_text", "encode_frames", "denoise", "decode", "overhead", "host"):
         parts: list[dict[str, int]] = [rank.get(title) or rank["phases"].get(title, {}) for rank in ranks]
         names = list(dict.fromkeys(name for each in parts for name in each))
@@ -125,8 +152,10 @@ def table(found: dict[str, Any]) -> list[str]:
     lines.append(_row("total", [_gib(rank["total"]) for rank in ranks]))
     lines.append(_row("fullest in", [rank["fullest_phase"] for rank in ranks]))
     if "fits" in found:
-        lines += ["", "fits" if found["fits"] else "does not fit"]
-    return lines
+        verdict = f"{'fits' if found['fits'] else 'does not fit'} into {found['gpu_memory_gib']:g} GiB"
+    else:
+        verdict = "no verdict: give --gpu-memory, or set memory_limit_gib"
+    return [*lines, "", verdict]
 
 
 def _row(name: str, cells: list[str]) -> str:
@@ -143,6 +172,18 @@ def _sizes(profile: ModelProfile, folder: Path | None) -> ModelSizes:
     from parallel.parts import layout_of  # needs torch, which takes seconds to start
 
     return sizes_of(profile, {part.role: layout_of(part) for part in profile.parts})
+
+
+def _resting_bytes(profile: str, folder: Path, asked: Asked) -> int:
+    """What a model takes of each device while another one works, as `daemon.admission` counts it."""
+    stay, _ = weight_bytes(
+        _sizes(load_profile(profile), folder),
+        rank=0,
+        world_size=asked.ranks,
+        element=DTYPE_BYTES[asked.dtype],
+        memory=asked.memory,
+    )
+    return sum(stay.values())
 
 
 def _shape(profile: ModelProfile, asked: Asked) -> JobShape:

@@ -25,6 +25,24 @@ CaFileOption = Annotated[
     Path | None,
     typer.Option("--ca-file", envvar="REELD_BROKER__CA_FILE", help="CA for amqps://.", show_default=False),
 ]
+CertFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cert-file",
+        envvar="REELD_BROKER__CERT_FILE",
+        help="Our certificate, for a broker that asks for one.",
+        show_default=False,
+    ),
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        envvar="REELD_BROKER__KEY_FILE",
+        help="Its private key, where --cert-file does not hold it as well.",
+        show_default=False,
+    ),
+]
 PrefixOption = Annotated[str, typer.Option(envvar="REELD_BROKER__PREFIX", help="Prefix of exchanges and queues.")]
 PoolOption = Annotated[
     str | None, typer.Option(envvar="REELD_POOL", help="Which workers: their `pool`.", show_default=False)
@@ -35,7 +53,14 @@ ConfigOption = Annotated[
 ]
 
 
-def broker_of(url: str, url_file: Path | None, ca_file: Path | None, prefix: str) -> "BrokerConfig":
+def broker_of(
+    url: str,
+    url_file: Path | None,
+    ca_file: Path | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    prefix: str,
+) -> "BrokerConfig":
     """The options that say where the broker is. Raises UsageError."""
     from urllib.parse import urlsplit
 
@@ -45,7 +70,9 @@ def broker_of(url: str, url_file: Path | None, ca_file: Path | None, prefix: str
     from ops.failure import UsageError
 
     try:
-        broker = BrokerConfig(url=url, url_file=url_file, ca_file=ca_file, prefix=prefix)
+        broker = BrokerConfig(
+            url=url, url_file=url_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, prefix=prefix
+        )
         urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
     except pydantic.ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)

@@ -33,7 +33,7 @@ def source_tree() -> Path:
 
 
 def release_name(source: Path) -> str:
-    """The version, and a digest of everything that goes into the release: another content is another release."""
+    """The version, and a digest of all that is installed with it, units too: another content is another release."""
     digest = hashlib.sha256()
     for path in _content(source):
         digest.update(f"{path.relative_to(source)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -70,6 +70,8 @@ def build(source: Path, target: Path, *, python: Path) -> None:
     # The unit may not write here: without the compiled files each start would compile some thousand modules anew.
     compiling = [str(partial / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(partial / "lib")]
     subprocess.run(compiling, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Files come with the modes that they have in the checkout and in uv's cache, where somebody's umask has made them.
+    subprocess.run(["chmod", "-R", "u=rwX,go=rX", str(partial)], check=True)
     partial.rename(target)
 
 
@@ -84,7 +86,7 @@ def _uv(*arguments: str) -> None:
 
 def _content(source: Path) -> Iterator[Path]:
     yield from (source / name for name in _FILES)
-    for package in (*_PACKAGES, "docs"):
+    for package in (*_PACKAGES, "docs", "systemd"):
         files = (path for path in (source / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         yield from sorted(files)
 

@@ -1,8 +1,9 @@
 """`reeld install`: lays reeld out on this box, as a distribution's package would, and takes it away again.
 
 Owns which file goes where and in which order. Every action is planned by what differs from how it shall be, so that a
-second run has nothing to do, and `--dry-run` is the same plan, printed. An upgrade builds the new release while the old
-one serves, then drains, switches and starts again. Leaves out what a release is (`ops.release`).
+second run has nothing to do, and `--dry-run` is the same plan, printed. An upgrade builds the new release and switches
+to it while the old one serves, then has systemd drain what runs and start it again: it does that whatever becomes of
+this process. Leaves out what a release is (`ops.release`).
 """
 
 import filecmp
@@ -77,26 +78,27 @@ def plan_install(box: Box, *, python: Path | None) -> Iterator[Action]:
     }
     current = box.path(PREFIX / "current")
     switches = not current.is_symlink() or os.readlink(current) != f"releases/{name}"
-    running = _running(box) if switches or any(path.suffix == ".service" for path in differing.values()) else []
-    if running:
-        yield Action(f"drain: systemctl stop {' '.join(running)}", lambda: _run("systemctl", "stop", *running))
+    running = _running(box)
+    if not (switches or any(path.suffix == ".service" for path in differing.values())):
+        running = [unit for unit in running if _is_of_another_release(unit, name)]
     for file, path in differing.items():
         yield Action(f"write {path}", lambda file=file, path=path: _copy(file, path))  # type: ignore[misc]
-    if switches:
-        yield Action(f"link {current} -> releases/{name}", lambda: _link(current, f"releases/{name}"))
     command = box.path(_COMMAND)
     if not command.is_symlink():
         yield Action(
             f"link {command} -> {PREFIX}/current/bin/reeld", lambda: _link(command, f"{PREFIX}/current/bin/reeld")
         )
-    if differing:
+    if differing or switches:
         yield Action("systemd-sysusers reeld.conf", lambda: box.tool("systemd-sysusers", "reeld.conf"))
         tmpfiles = "systemd-tmpfiles"
         yield Action(f"{tmpfiles} --create reeld.conf", lambda: box.tool(tmpfiles, "--create", "reeld.conf"))
-    if box.runs_systemd and differing:
+    if box.runs_systemd and (differing or switches):
         yield Action("systemctl daemon-reload", lambda: _run("systemctl", "daemon-reload"))
+    if switches:  # after all the rest: a run that did not come so far has everything to do again
+        yield Action(f"link {current} -> releases/{name}", lambda: _link(current, f"releases/{name}"))
     if running:
-        yield Action(f"systemctl start {' '.join(running)}", lambda: _run("systemctl", "start", *running))
+        restart = ("systemctl", "restart", *running)
+        yield Action(f"drain and start again: {' '.join(restart)}", lambda: _run(*restart))
     yield from _old_releases(box, keep=name)
 
 
@@ -145,9 +147,19 @@ def carry_out(actions: Iterator[Action], *, dry_run: bool, say: Callable[[str], 
 def _running(box: Box) -> list[str]:
     if not box.runs_systemd:
         return []
-    states = "--state=active,activating,reloading"
+    states = "--state=active,activating,reloading,deactivating"
     listed = _run("systemctl", "list-units", "--plain", "--no-legend", "--full", states, "reeld@*.service")
     return [line.split()[0] for line in listed.splitlines() if line.strip()]
+
+
+def _is_of_another_release(unit: str, name: str) -> bool:
+    """Whether a unit's main process was started before the last switch: the run that switched was ended right then."""
+    pid = _run("systemctl", "show", "--property=MainPID", "--value", unit).strip()
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:  # it waits to be started
+        return False
+    return f"{PREFIX}/releases/" in command and f"{PREFIX}/releases/{name}/" not in command
 
 
 def _old_releases(box: Box, *, keep: str) -> Iterator[Action]:

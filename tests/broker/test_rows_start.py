@@ -1,7 +1,9 @@
 """Rows 12 and 13 of the fault matrix: what ends `reeld run` before anything is loaded."""
 
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import pika
 import pytest
 
+from daemon import client
+from daemon.config import BrokerConfig
 from ops.private_broker import PrivateBroker
 from tests.broker.daemon_under_fault import TOPOLOGY, daemon_config
 from tests.harness import Worker
@@ -103,6 +107,30 @@ def test_row_13_a_trusted_certificate_is_accepted(tls_url: tuple[str, Path], mod
     ours = f'ca_file = "{folder}/ca.pem"\ncert_file = "{folder}/server.pem"\nkey_file = "{folder}/server.key"'
     lines = _fatal_lines(url, tmp_path, models, broker=ours, status=78)
     assert "topology differs" in lines[0]
+
+
+def test_row_13_commands_have_a_certificate_of_their_own_too(tls_url: tuple[str, Path]) -> None:
+    """Without a configuration the same files are given by options, or by the configuration's variables."""
+    url, folder = tls_url
+    ca, certificate, key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
+    broker = BrokerConfig(url=url, ca_file=ca, cert_file=certificate, key_file=key)
+    client.apply_on(broker, TOPOLOGY)
+
+    def reeld(command: str, **variables: object) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
+        environment |= {"REELD_AMQP_URL": url, "REELD_BROKER__CA_FILE": str(ca)}
+        environment |= {f"REELD_BROKER__{name}": str(value) for name, value in variables.items()}
+        words = [sys.executable, "-m", "ops.cli", *command.split()]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    submit = f"submit --pool {TOPOLOGY.pool} --prompt x --job-id fox-1"
+    assert reeld(submit).returncode == 75
+    done = reeld(f"{submit} --cert-file {certificate} --key-file {key}")
+    assert (done.returncode, done.stdout) == (0, "fox-1\n"), done.stderr
+    for command in (f"dlq list --pool {TOPOLOGY.pool}", "drain nobody"):
+        done = reeld(command, CERT_FILE=certificate, KEY_FILE=key)
+        assert done.returncode == (1 if "drain" in command else 0), done.stderr
+    assert "nobody: no such worker listens" in done.stderr
 
 
 def test_row_13_a_certificate_of_our_own_that_is_none_is_78(models: Path, tmp_path: Path) -> None:

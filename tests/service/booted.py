@@ -136,7 +136,11 @@ class Booted(ABC):
         return status + "\n".join(line[:500] for line in journal.splitlines())
 
     def install(self, source: str = SOURCE, *options: str) -> str:
-        """Runs `reeld install` from a checkout in the machine, whose release need not be built. Returns its output."""
+        """Runs `reeld install` from a checkout in the machine. Returns its output."""
+        return self.run(self.reeld_of(source), "install", *options).stdout
+
+    def reeld_of(self, source: str) -> str:
+        """The command of a checkout in the machine, whose release is there afterwards and need not be built."""
         home = "/usr/bin" if sys.base_prefix == "/usr" else "/opt/python/bin"
         known = {
             "python": f"python{sys.version_info.major}.{sys.version_info.minor}",
@@ -149,7 +153,7 @@ class Booted(ABC):
         name = self.run(bare, "-c", asked).stdout.strip()
         self.run("sh", "-s", given=_RELEASE.format(name=name, **known))
         self.run("rm", "-r", "/opt/reeld/releases/bare")
-        return self.run(f"/opt/reeld/releases/{name}/bin/reeld", "install", *options).stdout
+        return f"/opt/reeld/releases/{name}/bin/reeld"
 
     def _boot(self) -> None:
         notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -4,13 +4,16 @@ The release is there already, so that nothing is built: `make test-install` buil
 """
 
 import os
+import re
 import shutil
+import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ops.failure import UsageError
+from ops.failure import CommandFailedError, UsageError
 from ops.release import interpreter, release_name, source_tree
 from ops.service_install import Box, carry_out, plan_install, plan_uninstall
 
@@ -86,6 +89,39 @@ def test_the_release_before_is_kept(tree: Path) -> None:
     (tree / "opt/reeld/current").symlink_to("releases/0.0.2-before")
     _install(tree)
     assert {path.name for path in releases.iterdir()} == {"0.0.2-before", release_name(source_tree())}
+
+
+def test_what_a_run_that_failed_left_undone_is_done_by_the_next(tree: Path) -> None:
+    """The link is switched last: without it there is everything to do again, though the files are there."""
+    (tree / "etc/passwd").mkdir(parents=True)
+    with pytest.raises(CommandFailedError, match="systemd-sysusers"):
+        _install(tree)
+    (tree / "etc/passwd").rmdir()
+    assert "systemd-sysusers reeld.conf" in _install(tree)
+    assert "reeld:" in (tree / "etc/passwd").read_text()
+    assert _install(tree) == []
+
+
+def test_the_units_user_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
+    """A whole installation by a root with umask 077, from a checkout that was made under it as well; the release has
+    two packages of the lock only."""
+    checkout, root = tmp_path / "checkout", tmp_path / "root"
+    for name in ("daemon", "parallel", "ops", "systemd", "docs"):
+        shutil.copytree(source_tree() / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(source_tree() / name, checkout)
+    lock = (source_tree() / "requirements.lock").read_text()
+    few = re.findall(r"^(?:setuptools|structlog)==.*\\\n(?:    --hash=.*\n)+", lock, re.MULTILINE)
+    (checkout / "requirements.lock").write_text("".join(few))
+    subprocess.run(["chmod", "-R", "go=", str(checkout)], check=True)
+    command = [sys.executable, "-m", "ops.cli", "install", "--root", str(root)]
+    done = subprocess.run(command, cwd=checkout, umask=0o077, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = [*root.glob("opt/**/*"), *root.glob("usr/**/*"), root / "opt", root / "usr", *root.glob("etc/reeld/*")]
+    assert (root / "opt/reeld/current/bin/reeld").is_file()
+    needed = {False: stat.S_IROTH, True: stat.S_IROTH | stat.S_IXOTH}
+    closed = [path for path in made if path.exists() and needed[path.is_dir()] & ~path.stat().st_mode]
+    assert closed == []
 
 
 def test_an_interpreter_that_the_unit_cannot_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,19 @@ class Service:
         )
         return message
 
+    def newer_checkout(self, name: str) -> str:
+        """A copy of this checkout in the machine that is another release."""
+        folder = f"/opt/reeld/{name}"
+        self.machine.run("sh", "-c", f"mkdir {folder} && cd {SOURCE} && cp -r {CONTENT} {folder}")
+        both = f"{folder}/docs/systemd.md {folder}/systemd/tmpfiles.d/reeld.conf"
+        self.machine.run("sh", "-c", f"echo '# {name}' | tee -a {both}")
+        return folder
+
+    def runs_current(self, unit: dict[str, str]) -> bool:
+        """Whether a unit's main process is of the release that is the current one."""
+        current = self.machine.run("readlink", "/opt/reeld/current").stdout.strip()
+        return self.machine.run("grep", "-q", current, f"/proc/{unit['MainPID']}/cmdline", check=False).returncode == 0
+
     def pid_of_rank(self) -> str:
         """The process that rank 0 is now, by the machine's count."""
         return str([line["pid"] for line in self.machine.logs(UNIT) if line["rank"] == 0][-1])
@@ -172,18 +185,79 @@ def test_an_upgrade_drains_first(service: Service) -> None:
     Once more there is nothing to do."""
     machine = service.machine
     before = service.start()
-    machine.run("sh", "-c", f"mkdir /opt/reeld/next && cd {SOURCE} && cp -r {CONTENT} /opt/reeld/next")
-    machine.run("sh", "-c", "echo >>/opt/reeld/next/docs/systemd.md")
+    newer = service.newer_checkout("next")
     message = service.begin_job()
-    done = machine.install("/opt/reeld/next").splitlines()
-    current = machine.run("readlink", "/opt/reeld/current").stdout.strip()
-    assert [line.split(":")[0].split(" /")[0] for line in done] == ["drain", "link", f"systemctl start {UNIT}"]
+    done = machine.install(newer).splitlines()
+    assert done[-1] == f"drain and start again: systemctl restart {UNIT}"
     assert service.ear.terminal(message["job_id"], timeout=1).name == "succeeded", "before the install went on"
     after = machine.show(UNIT)
     assert after["ActiveState"] == "active"
     assert after["MainPID"] != before["MainPID"]
-    assert machine.run("grep", "-c", current, f"/proc/{after['MainPID']}/cmdline").returncode == 0
-    assert machine.install("/opt/reeld/next") == "nothing to do\n"
+    assert service.runs_current(after)
+    assert machine.install(newer) == "nothing to do\n"
+
+
+def test_an_upgrade_outlives_its_installer(service: Service) -> None:
+    """`reeld install` and its systemctl are killed while a job is finished: the unit drains all the same, then runs the
+    new release. One that drains for an install of before counts as running."""
+    machine = service.machine
+    before = service.start()
+    reeld = machine.reeld_of(service.newer_checkout("killed"))
+    message = service.begin_job(steps=100)
+    pid = machine.run("sh", "-c", f"setsid {reeld} install >/tmp/killed 2>&1 & echo $!").stdout.strip()
+    machine.wait(UNIT, lambda now: now["ActiveState"] == "deactivating")
+    machine.run("sh", "-c", f"kill -KILL -{pid}")
+    assert machine.show(UNIT)["ActiveState"] == "deactivating"
+    after = machine.wait(UNIT, lambda now: now["ActiveState"] == "active")
+    assert after["MainPID"] != before["MainPID"]
+    assert service.runs_current(after)
+    assert service.ear.terminal(message["job_id"], timeout=1).name == "succeeded"
+    assert "restart" not in machine.run(reeld, "install").stdout
+    newer = service.newer_checkout("stopped")
+    service.begin_job()
+    machine.systemctl("stop", "--no-block", UNIT)
+    machine.wait(UNIT, lambda now: now["ActiveState"] == "deactivating")
+    machine.install(newer)
+    again = machine.show(UNIT)
+    assert again["ActiveState"] == "active"
+    assert service.runs_current(again)
+
+
+def test_an_upgrade_that_fails_leaves_the_unit_running(service: Service) -> None:
+    """A step that fails is said, and the old release serves on; the next run does what is missing. A unit that still
+    runs the release before, because the run ended just after the switch, is restarted too."""
+    machine = service.machine
+    before = service.start()
+    reeld = machine.reeld_of(service.newer_checkout("failing"))
+    machine.run("mount", "--bind", "/bin/false", "/usr/bin/systemd-tmpfiles")
+    failed = machine.run(reeld, "install", check=False)
+    machine.run("umount", "/usr/bin/systemd-tmpfiles")
+    assert failed.returncode == 1
+    assert "systemd-tmpfiles --create reeld.conf: exit status 1" in failed.stderr
+    now = machine.show(UNIT)
+    assert (now["ActiveState"], now["MainPID"]) == ("active", before["MainPID"])
+    said = machine.run(reeld, "install", "--dry-run").stdout
+    assert "systemd-tmpfiles --create reeld.conf" in said
+    release = reeld.removesuffix("/bin/reeld").rpartition("/")[2]
+    machine.run("ln", "-sfn", f"releases/{release}", "/opt/reeld/current")
+    assert f"systemctl restart {UNIT}" in machine.run(reeld, "install").stdout
+    after = machine.show(UNIT)
+    assert after["ActiveState"] == "active"
+    assert service.runs_current(after)
+    assert machine.run(reeld, "install").stdout == "nothing to do\n"
+
+
+def test_a_drain_by_the_configuration_meets_the_unit(service: Service) -> None:
+    """`reeld drain --config /etc/reeld/INSTANCE.toml`, whose file names no worker, asks the one that the unit runs."""
+    machine = service.machine
+    service.start()
+    url_file = "REELD_BROKER__URL_FILE=/etc/credstore/reeld.test.broker-url"
+    words = ("drain", "--config", "/etc/reeld/test.toml", "--wait")
+    asked = machine.run("env", url_file, "/usr/local/bin/reeld", *words, check=False)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.splitlines()[-1].endswith("-test: stopped")
+    ended = machine.wait(UNIT, lambda now: now["ActiveState"] not in ("active", "deactivating"))
+    assert [ended[name] for name in ("ActiveState", "Result", "ExecMainStatus")] == ["inactive", "success", "0"]
 
 
 def test_row_25_stop_in_mid_job_drains(service: Service) -> None:

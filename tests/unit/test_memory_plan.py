@@ -60,6 +60,41 @@ def test_what_does_not_fit_ends_with_1(folder: Path) -> None:
     assert [reeld_plan(folder, "--gpu-memory", size)[0] for size in ("80", "24")] == [0, 1]
 
 
+def test_a_configuration_is_planned_as_the_daemon_would_run_it(folder: Path, tmp_path: Path) -> None:
+    """The limit is the configuration's, and its other models' weights count. What nobody said is named, and can be
+    chosen: one of its models, the ranks, the shape."""
+    other = write_sparse_folder(load_profile("wan2.2-ti2v-5b"), tmp_path)
+    config = tmp_path / "reeld.toml"
+    config.write_text(
+        f'memory_limit_gib = 80\n[[models]]\nprofile = "wan2.1-t2v-14b"\npath = "{folder}"\n'
+        f'[[models]]\nprofile = "wan2.2-ti2v-5b"\npath = "{other}"\n'
+    )
+
+    def plan(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "ops.cli", "plan", "--config", str(config), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, done.stdout
+
+    status, shown = plan("--json")
+    both = json.loads(shown)
+    assert (status, both["profile"], both["fits"], both["gpu_memory_gib"]) == (0, "wan2.1-t2v-14b", True, 80)
+    assert both["assumed"] == {"profile": "wan2.1-t2v-14b", "ranks": 1, "height": 720, "width": 1280, "num_frames": 81}
+    _, alone = reeld_plan(folder)
+    assert both["ranks"][0]["weights"].pop("other_models") > 20e9
+    assert both["ranks"][0]["weights"] == alone["ranks"][0]["weights"]
+
+    status, shown = plan("--gpu-memory", "60", "--height", "480")
+    assert status == 1
+    assert "assumed: --profile wan2.1-t2v-14b --ranks 1 --width 1280 --num-frames 81 (" in shown
+    assert shown.endswith("does not fit into 60 GiB\n")
+    shape = ("--height", "704", "--width", "1280", "--num-frames", "121")
+    status, shown = plan("--profile", "wan2.2-ti2v-5b", "--ranks", "2", *shape)
+    assert shown.startswith("wan2.2-ti2v-5b: 1280x704, 121 frames")
+    assert "assumed" not in shown
+    config.write_text(config.read_text().removeprefix("memory_limit_gib = 80\n"))
+    assert "no verdict: give --gpu-memory" in plan()[1]
+
+
 def test_a_strategy_that_cannot_work_is_a_usage_error(folder: Path) -> None:
     """DiffSynth's VRAM management is for one rank; a strategy nobody knows is named with those that there are."""
     status, told = reeld_plan(folder, "--ranks", "2", "--memory", "vram_limit")

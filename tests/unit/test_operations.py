@@ -45,6 +45,7 @@ def test_every_command_of_the_runbook_is_there() -> None:
 
     group = typer.main.get_command(app)
     commands = set(getattr(group, "commands", {}))
-    named = set(re.findall(r"\breeld ([a-z][a-z-]+)\b", " ".join(re.findall(r"`[^`]+`", RUNBOOK))))
+    code = " ".join(re.findall(r"`[^`]+`", RUNBOOK)).replace("sudo -u reeld ", "sudo ")  # there it is the user
+    named = set(re.findall(r"\breeld ([a-z][a-z-]+)\b", code))
     assert named - commands == set()
     assert len(named) > 8
