@@ -182,5 +182,6 @@ def test_a_lost_topology_does_not_cut_off_a_job_that_is_being_finished(
         assert isinstance(edge.raised, ConfigError)
         assert (edge.storage.read_manifest(message["job_id"]) is not None) == in_time
         frames.go_on.set()
+        edge.coordinator._finisher.close()
         kept = [json.loads(body)["type"] for _, body in take(vhost, edge.topology.unrouted)]
         assert kept == (["reeld.job.succeeded"] if in_time else [])
