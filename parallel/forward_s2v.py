@@ -118,7 +118,7 @@ def _inject(
     """
     end = min(sequence.begin + sequence.own_tokens, sound.shape[1] * tokens_a_frame)
     own = max(0, end - sequence.begin)
-    # A rank without a video token runs one frame of zeros all the same: a sharded weight needs every rank.
+    # A rank without a video token runs one frame of zeros, of which nothing is kept.
     first = sequence.begin // tokens_a_frame if own else 0
     last = (end - 1) // tokens_a_frame if own else 0
     before = sequence.begin - first * tokens_a_frame if own else 0

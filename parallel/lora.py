@@ -95,7 +95,7 @@ class LoraWeights:
         parts = self._fetch(wanted)
         error = self._rewrite(parts)
         if not self._world.all_true(error is None):
-            self._rewrite({})  # writes originals into memory that is there: nothing to run out of
+            self._rewrite({})  # writes originals into memory that is there
             self._applied = ()
             raise error or RuntimeError("another rank could not apply the LoRAs")
         if self._world.device.type == "cuda":
