@@ -28,9 +28,9 @@ from daemon.rank_processes import announce
 announce(Path(os.environ["REELD_RUNTIME_DIRECTORY"]), 0, 1)
 faulthandler.register(signal.SIGRTMIN + 1, open(os.environ["REELD_RUNTIME_DIRECTORY"] + "/stacks-0.txt", "w"))
 def hang_with_the_gil():
+    print("ready", flush=True)
     while True:
         ctypes.PyDLL(None).sleep(1000)
-print("ready", flush=True)
 hang_with_the_gil()
 '''
 open(runtime + "/config-path", "w").write("/x/fox.toml")
