@@ -15,6 +15,7 @@ import typer
 from ops import commands_bench, commands_operator, commands_service
 from ops.options import (
     DEFAULT_URL,
+    BrokerOptions,
     CaFileOption,
     CertFileOption,
     ConfigOption,
@@ -157,7 +158,7 @@ def submit(
             "time_limit_seconds": time_limit,
         },
     )
-    broker = broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker = broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix))
     submission.submit(broker, pool, document, validate=validate, wait=wait, timeout_seconds=timeout)
 
 
@@ -185,7 +186,7 @@ def watch(
     """
     from ops import watch as command
 
-    broker = broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker = broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix))
     command.watch(broker, command.routing_keys(job, worker=worker), as_json=as_json)
 
 

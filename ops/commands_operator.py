@@ -12,6 +12,7 @@ import typer
 
 from ops.options import (
     DEFAULT_URL,
+    BrokerOptions,
     CaFileOption,
     CertFileOption,
     KeyFileOption,
@@ -70,7 +71,8 @@ def dlq_list(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
+    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker, name = _pool_of(options, pool, config)
     dlq.list_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
@@ -100,7 +102,8 @@ def dlq_show(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
+    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker, name = _pool_of(options, pool, config)
     dlq.show_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
@@ -133,7 +136,8 @@ def dlq_requeue(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
+    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker, name = _pool_of(options, pool, config)
     dlq.requeue(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
@@ -164,7 +168,8 @@ def dlq_drop(
     """
     from ops import dlq
 
-    broker, name = _pool_of(url, url_file, ca_file, cert_file, key_file, prefix, pool, config)
+    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
+    broker, name = _pool_of(options, pool, config)
     dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
@@ -198,7 +203,7 @@ def top(
 
     if not once and (as_json or svg or timeout):
         raise UsageError("--json, --svg and --timeout go with --once")
-    broker = _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config)
+    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
     if once:
         command.once(broker, as_json=as_json, svg=svg, timeout_seconds=timeout)
     else:
@@ -242,7 +247,7 @@ def drain(
         names = [_worker_of(config)]
     if bool(names) == every:
         raise UsageError("name the workers (`reeld top --once` lists them), or give --all")
-    broker = _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config)
+    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
     command.drain(broker, list(dict.fromkeys(names)), every=every, wait=wait, timeout_seconds=timeout)
 
 
@@ -315,32 +320,15 @@ def _worker_of(config: Path) -> str:
     return f"{settings.worker_id}-{config.stem}"
 
 
-def _broker_of(
-    url: str,
-    url_file: Path | None,
-    ca_file: Path | None,
-    cert_file: Path | None,
-    key_file: Path | None,
-    prefix: str,
-    config: Path | None,
-) -> "BrokerConfig":
+def _broker_of(options: BrokerOptions, config: Path | None) -> "BrokerConfig":
     if config is None:
-        return broker_of(url, url_file, ca_file, cert_file, key_file, prefix)
+        return broker_of(options)
     from daemon.config import load_config
 
     return load_config(config).broker
 
 
-def _pool_of(
-    url: str,
-    url_file: Path | None,
-    ca_file: Path | None,
-    cert_file: Path | None,
-    key_file: Path | None,
-    prefix: str,
-    pool: str | None,
-    config: Path | None,
-) -> "tuple[BrokerConfig, str]":
+def _pool_of(options: BrokerOptions, pool: str | None, config: Path | None) -> "tuple[BrokerConfig, str]":
     """The broker and the pool, by options or by a configuration. Raises UsageError."""
     from ops.failure import UsageError
 
@@ -350,7 +338,7 @@ def _pool_of(
         pool = load_config(config).pool_name
     if pool is None:
         raise UsageError("give the worker's pool with --pool, REELD_POOL or --config")
-    return _broker_of(url, url_file, ca_file, cert_file, key_file, prefix, config), pool
+    return _broker_of(options, config), pool
 
 
 def _filters(

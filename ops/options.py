@@ -4,7 +4,7 @@ Owns the options' names, variables and help. Leaves out the commands (`ops.cli`,
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -53,15 +53,19 @@ ConfigOption = Annotated[
 ]
 
 
-def broker_of(
-    url: str,
-    url_file: Path | None,
-    ca_file: Path | None,
-    cert_file: Path | None,
-    key_file: Path | None,
-    prefix: str,
-) -> "BrokerConfig":
-    """The options that say where the broker is. Raises UsageError."""
+class BrokerOptions(NamedTuple):
+    """The options that say where the broker is, by the names of the configuration's section."""
+
+    url: str
+    url_file: Path | None
+    ca_file: Path | None
+    cert_file: Path | None
+    key_file: Path | None
+    prefix: str
+
+
+def broker_of(options: BrokerOptions) -> "BrokerConfig":
+    """The broker that the options name. Raises UsageError."""
     from urllib.parse import urlsplit
 
     import pydantic
@@ -70,9 +74,7 @@ def broker_of(
     from ops.failure import UsageError
 
     try:
-        broker = BrokerConfig(
-            url=url, url_file=url_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, prefix=prefix
-        )
+        broker = BrokerConfig(**options._asdict())
         urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
     except pydantic.ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)

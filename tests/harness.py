@@ -48,6 +48,14 @@ def fresh_vhost(broker: PrivateBroker) -> Iterator[str]:
         management(broker, "DELETE", f"/api/vhosts/{name}")
 
 
+def until(holds: Callable[[], object], *, timeout: float = 20) -> None:
+    """Waits for what no event tells of."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @dataclass(frozen=True)
 class Seen:
     """One event as it came over the status exchange."""

@@ -4,7 +4,6 @@
 others, so workers that drain one after the other would use up the deliveries of the same waiting job.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +13,7 @@ from daemon.config import BrokerConfig
 from daemon.consumer import Consumer, Delivery
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
-from tests.harness import publish, take
+from tests.harness import publish, take, until
 from tests.proxy import TO_BROKER, Proxy
 
 TOPOLOGY = Topology(prefix="reeld", pool="test", delivery_limit=3, retry_delays_seconds=(1,))
@@ -101,13 +100,6 @@ def test_a_draining_consumer_is_cancelled_within_a_tick_and_does_not_come_back(
     opened.wait(timeout=20)
     consumer.ack(delivery)  # stale: the job is in the queue again, and could be consumed now
     proxy.release(opened)
-    _until(lambda: consumer.trouble is None)
+    until(lambda: consumer.trouble is None)
     assert "drains" in consumer.status
     assert _waiting(vhost) == [("in hand", 1)], "counted for the connection that was lost"
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)  # neither the broker nor the consumer offers an event for it

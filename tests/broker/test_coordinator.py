@@ -7,7 +7,7 @@ as `unsupported_task`, which leaves a dead letter.
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from daemon.reporter import Reporter
 from daemon.stall import StallLimits
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
-from tests.harness import job, publish, take
+from tests.harness import job, publish, take, until
 
 
 class Edge:
@@ -101,13 +101,6 @@ def serving(url: str, folder: Path) -> Iterator[Edge]:
             edge.wait()
 
 
-def _until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)  # nothing tells of it
-
-
 def test_a_finished_job_whose_event_is_not_confirmed_goes_back(vhost: str, tmp_path: Path) -> None:
     """The manifest answers a redelivery, but the wait for its event's confirm is given up: the job is neither begun nor
     dead-lettered beside its manifest."""
@@ -120,7 +113,7 @@ def test_a_finished_job_whose_event_is_not_confirmed_goes_back(vhost: str, tmp_p
         with pika.BlockingConnection(pika.URLParameters(vhost)) as connection:
             connection.channel().exchange_delete(edge.topology.unrouted_terminal)  # so it is returned, not confirmed
         publish(vhost, message)
-        _until(lambda: edge.consumer.in_hand)
+        until(lambda: edge.consumer.in_hand, timeout=30)
         edge.coordinator.drain("SIGTERM")
         edge.coordinator.drain("SIGTERM")
         edge.wait()
@@ -173,7 +166,7 @@ def test_a_lost_topology_does_not_cut_off_a_job_that_is_being_finished(
         assert frames.begun.wait(30)
         with pika.BlockingConnection(pika.URLParameters(vhost)) as connection:
             connection.channel().queue_delete(edge.topology.jobs_queue)
-        _until(lambda: edge.consumer.fatal)
+        until(lambda: edge.consumer.fatal, timeout=30)
         edge.thread.join(1)
         assert edge.thread.is_alive()
         if in_time:
