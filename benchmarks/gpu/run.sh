@@ -2,14 +2,15 @@
 # The benchmarks on a bare machine with N GPUs that has Python 3.12, torch, CUDA and pytest, but no network: installs
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them. With what
-# benchmarks/gpu/carry_flash3.sh packed beside it (.flash3), all stages from there on run with FlashAttention 3.
+# benchmarks/gpu/carry_flash3.sh packed beside it (.flash3), all stages from there on run with FlashAttention 3, also plain
+# DiffSynth, which then cannot compute in float32 (`precision`).
 #
 #   OUT=DIR benchmarks/gpu/run.sh smoke profile kernels 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video \
-#       memory precision+memory sharding offload daemon unit loading recovery
+#       memory memory-2 precision+memory sharding waits offload daemon unit loading recovery
 set -u
 
 here=$PWD
-if ! [ /opt/reeld-site -nt .whl/carry.tar.xz ]; then # not there yet, from an earlier command
+if ! [ -e /opt/reeld-site ] || [ .whl/carry.tar.xz -nt /opt/reeld-site ]; then # not there yet, from an earlier command
     # Python's, because not every machine has xz.
     python3 -c 'import tarfile; tarfile.open(".whl/carry.tar.xz").extractall("/", filter="fully_trusted")' || exit 1
     touch /opt/reeld-site
@@ -80,9 +81,13 @@ job_memory() { # RANKS ARGUMENTS...: of a whole job of the 14B at 720p
     video "memory-$ranks" wan2.1-t2v-14b --ranks "$ranks" --shape 720x1280x81 --steps 2 --jobs 1 "$@"
 }
 
+memory_of_two() {
+    job_memory 2 --memory fsdp --parallel "ulysses_degree = 2"
+}
+
 memory() { # on one card, on two, and on all where there are more
     job_memory 1
-    job_memory 2 --memory fsdp --parallel "ulysses_degree = 2"
+    memory_of_two
     [ "$nproc" -eq 2 ] || job_memory "$nproc" --memory fsdp
 }
 
@@ -92,7 +97,7 @@ precision_and_memory() { # at once, on four cards: neither is about time
     model wan2.1-t2v-14b
     (export CUDA_VISIBLE_DEVICES=2; job_memory 1) &
     wait "$precision"
-    (export CUDA_VISIBLE_DEVICES=0,1; job_memory 2 --memory fsdp --parallel "ulysses_degree = 2")
+    (export CUDA_VISIBLE_DEVICES=0,1; memory_of_two)
     wait
     job_memory "$nproc" --memory fsdp
 }
@@ -104,6 +109,12 @@ sharding() { # how blocks are gathered, and what the allocator holds then
     bench sharding 120 --profile wan2.1-t2v-14b --shape 720x1280x81 --steps 1 --rounds 1 --compile --fsdp \
         --only 'ours-compiled fsdp'
     grep _gib "$OUT/sharding.json"
+}
+
+waits() { # of the denoising loop for its device
+    export TEST_DEVICE=cuda
+    tests waits 200 tests/gpu/test_waits.py
+    tail -12 "$OUT/waits.log" | cut -c1-900
 }
 
 daemon() { # the rows of the fault table that ranks meet, and what only cards can show
@@ -160,7 +171,9 @@ for each in "$@"; do
         video) video "video-$nproc" wan2.1-t2v-1.3b --ranks "$nproc" ;;
         video-1) video video-1 wan2.1-t2v-1.3b --ranks 1 ;;
         memory) memory ;;
+        memory-2) memory_of_two ;;
         sharding) sharding ;;
+        waits) waits ;;
         offload) tests offload 60 tests/unit/test_offload.py ;;
         precision+memory) precision_and_memory ;;
         daemon) daemon ;;
