@@ -1,6 +1,7 @@
 """A release: a virtual environment with reeld and everything of requirements.lock in it, ready to be switched to.
 
-Owns its name (of version and content), building it, and which interpreters can serve a hardened unit. It is built
+A box may have wheels of its own (an attention kernel that was built there), which go into each of its releases. Owns a
+release's name (of version and content), building it, and which interpreters can serve a hardened unit. It is built
 beside the others and renamed when it is whole, so that what runs is not touched. Leaves out switching to it
 (`ops.service_install`).
 """
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from daemon import __version__
@@ -32,11 +33,15 @@ def source_tree() -> Path:
     return root
 
 
-def release_name(source: Path) -> str:
+def release_name(source: Path, wheels: Sequence[Path] = ()) -> str:
     """The version, and a digest of all that is installed with it, units too: another content is another release."""
     digest = hashlib.sha256()
-    for path in _content(source):
-        digest.update(f"{path.relative_to(source)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    named = [(str(path.relative_to(source)), path) for path in _content(source)] + [
+        (each.name, each) for each in wheels
+    ]
+    for name, path in named:
+        with path.open("rb") as file:
+            digest.update(f"{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
     return f"{__version__}-{digest.hexdigest()[:12]}"
 
 
@@ -51,7 +56,7 @@ def interpreter(python: Path | None) -> Path:
     return chosen
 
 
-def build(source: Path, target: Path, *, python: Path) -> None:
+def build(source: Path, target: Path, *, python: Path, wheels: Sequence[Path] = ()) -> None:
     """Makes the release `target`; takes a minute and 6 GB of disk. Raises CommandFailedError with uv's own words."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,6 +71,7 @@ def build(source: Path, target: Path, *, python: Path) -> None:
         for name in _FILES:
             shutil.copy(source / name, folder)
         _uv("pip", "install", *into, "--no-deps", "--no-build-isolation", folder)
+    add_wheels(partial, wheels)
     shutil.copytree(source / "docs", partial / "share" / "doc" / "reeld")
     # The unit may not write here: without the compiled files each start would compile some thousand modules anew.
     compiling = [str(partial / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(partial / "lib")]
@@ -73,6 +79,13 @@ def build(source: Path, target: Path, *, python: Path) -> None:
     # Files come with the modes that they have in the checkout and in uv's cache, where somebody's umask has made them.
     subprocess.run(["chmod", "-R", "u=rwX,go=rX", str(partial)], check=True)
     partial.rename(target)
+
+
+def add_wheels(environment: Path, wheels: Sequence[Path]) -> None:
+    """Installs the box's own wheels, without what they ask for: the lock stays as it is. Raises CommandFailedError."""
+    if wheels:
+        into = ("--quiet", "--python", str(environment / "bin" / "python"))
+        _uv("pip", "install", *into, "--no-deps", "--no-index", *map(str, wheels))
 
 
 def _uv(*arguments: str) -> None:

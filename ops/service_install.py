@@ -28,6 +28,8 @@ _FILES = {
     "systemd/examples/reeld.env": "/etc/reeld/reeld.env.example",
 }
 _COMMAND = Path("/usr/local/bin/reeld")
+# The administrator's own: what is in it goes into each release; nothing here writes to it.
+_WHEELS = Path("/usr/local/lib/reeld/wheels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,15 @@ def plan_install(box: Box, *, python: Path | None) -> Iterator[Action]:
     """What must be done so that this checkout is what the box runs. Raises UsageError."""
     box.check_rights()
     source = release.source_tree()
-    name = release.release_name(source)
+    wheels = sorted(box.path(_WHEELS).glob("*.whl"))
+    name = release.release_name(source, wheels)
     target = box.path(PREFIX / "releases" / name)
     if not target.is_dir():
         chosen = release.interpreter(python)
-        yield Action(f"build {target} on {chosen}", lambda: release.build(source, target, python=chosen))
+        added = "".join(f", with {wheel.name}" for wheel in wheels)
+        yield Action(
+            f"build {target} on {chosen}{added}", lambda: release.build(source, target, python=chosen, wheels=wheels)
+        )
     differing = {
         source / each: box.path(path)
         for each, path in _FILES.items()

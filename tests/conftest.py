@@ -17,13 +17,19 @@ from ops.private_broker import PrivateBroker
 from tests.brokers import enter_root
 from tests.harness import fresh_vhost
 
+_SERVICE = "tests/service/"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what asks for a broker; these, and the modules that mark themselves, are what `make test-brokers` runs."""
+    """Marks what asks for a broker; these, and the modules that mark themselves, are what `make test-brokers` runs.
+
+    The service's tests come first: they share one machine, so that the other process would wait for their end.
+    """
     folder = Path(__file__).with_name("broker")
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()) or folder in item.path.parents:
             item.add_marker("broker")
+    items.sort(key=lambda item: not item.nodeid.startswith(_SERVICE))  # is stable
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist is not everywhere
@@ -40,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # untyped
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/service" if file.startswith("tests/service/") else file
+            return _SERVICE if file.startswith(_SERVICE) else file
 
     return ByFile(config, log)
 

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,10 @@ def test_what_a_run_that_failed_left_undone_is_done_by_the_next(tree: Path) -> N
     assert _install(tree) == []
 
 
-def test_the_units_user_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
-    """A whole installation by a root with umask 077, from a checkout that was made under it as well; the release has
-    two packages of the lock only."""
-    checkout, root = tmp_path / "checkout", tmp_path / "root"
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """One with two packages of the lock only, so that a whole release is built in no time."""
+    checkout = tmp_path / "checkout"
     for name in ("daemon", "parallel", "ops", "systemd", "docs"):
         shutil.copytree(source_tree() / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -113,15 +114,58 @@ def test_the_units_user_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
     lock = (source_tree() / "requirements.lock").read_text()
     few = re.findall(r"^(?:setuptools|structlog)==.*\\\n(?:    --hash=.*\n)+", lock, re.MULTILINE)
     (checkout / "requirements.lock").write_text("".join(few))
-    subprocess.run(["chmod", "-R", "go=", str(checkout)], check=True)
+    return checkout
+
+
+def _install_checkout(checkout: Path, root: Path, *, umask: int = 0o022) -> str:
     command = [sys.executable, "-m", "ops.cli", "install", "--root", str(root)]
-    done = subprocess.run(command, cwd=checkout, umask=0o077, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=checkout, umask=umask, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_units_user_can_read_it_whatever_the_umask(checkout: Path, tmp_path: Path) -> None:
+    """A whole installation by a root with umask 077, from a checkout that was made under it as well."""
+    root = tmp_path / "root"
+    subprocess.run(["chmod", "-R", "go=", str(checkout)], check=True)
+    _install_checkout(checkout, root, umask=0o077)
     made = [*root.glob("opt/**/*"), *root.glob("usr/**/*"), root / "opt", root / "usr", *root.glob("etc/reeld/*")]
     assert (root / "opt/reeld/current/bin/reeld").is_file()
     needed = {False: stat.S_IROTH, True: stat.S_IROTH | stat.S_IXOTH}
     closed = [path for path in made if path.exists() and needed[path.is_dir()] & ~path.stat().st_mode]
     assert closed == []
+
+
+def test_wheels_of_the_box_go_into_each_release(checkout: Path, tmp_path: Path) -> None:
+    """Whatever they ask for, the lock stays as it is; another wheel is another release, and an uninstall leaves it."""
+    root = tmp_path / "root"
+    wheels = root / "usr/local/lib/reeld/wheels"
+    wheels.mkdir(parents=True)
+    _write_wheel(wheels, version="1.0")
+    assert ", with kernel-1.0-py3-none-any.whl" in _install_checkout(checkout, root)
+    assert _imported_version(root) == "1.0"
+    assert _install_checkout(checkout, root) == "nothing to do\n"
+    (wheels / "kernel-1.0-py3-none-any.whl").unlink()
+    _write_wheel(wheels, version="2.0")
+    _install_checkout(checkout, root)
+    assert _imported_version(root) == "2.0"
+    _uninstall(root, purge=True)
+    assert [path.name for path in wheels.iterdir()] == ["kernel-2.0-py3-none-any.whl"]
+
+
+def _write_wheel(folder: Path, *, version: str) -> None:
+    info = f"kernel-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"kernel-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("kernel.py", f"version = {version!r}\n")
+        needs = "Requires-Dist: torch==1.0\n"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: kernel\nVersion: {version}\n{needs}")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", f"kernel.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+def _imported_version(root: Path) -> str:
+    command = [str(root / "opt/reeld/current/bin/python"), "-P", "-c", "import kernel; print(kernel.version)"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.strip()
 
 
 def test_an_interpreter_that_the_unit_cannot_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
