@@ -1,8 +1,8 @@
 """The consumer thread: one connection that only consumes and acks.
 
-Owns the deliveries and their fate (ack, or requeue), reconnecting with backoff, and the daemon's control
-queue. Leaves out publishing, which has a connection of its own (`daemon.publisher`): a broker's memory alarm
-blocks publishers and must not stop the acks.
+Owns the deliveries' fate (ack, or requeue), reconnecting with backoff, and the daemon's control queue. Leaves out what
+a delivery says (`daemon.delivery`), and publishing, which has a connection of its own (`daemon.publisher`): a broker's
+memory alarm blocks publishers and must not stop the acks.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pika.exceptions
@@ -20,56 +19,14 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, connect_with_backoff
-from daemon.copies import short_text
+from daemon.delivery import Delivery, read_delivery
 from daemon.errors import ConfigError, FatalError
 from daemon.measurements import SILENT, Measurements
 from daemon.topology import Topology
 
 log = structlog.get_logger("consumer")
 
-EXPIRES_HEADER = "x-reeld-expires-at"
 _TICK_SECONDS = 1.0
-# On a copy that the retry ladder brings back: how often the broker had taken its original back.
-LOST_HEADER = "x-reeld-lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message as it came. `generation` numbers the channel it came on: an ack on another would be a lie."""
-
-    body: bytes
-    delivery_tag: int
-    generation: int
-    redelivered: bool
-    message_id: str | None
-    correlation_id: str | None
-    reply_to: str | None
-    expiration: str | None
-    content_type: str | None
-    priority: int | None
-    headers: dict[str, Any]
-    expires_at: float | None
-    """When the publisher stops caring, as Unix time in seconds (the AMQP property `expiration`, a time to live)."""
-    published_at: int | None = None
-    """The AMQP property `timestamp`: Unix time in whole seconds, where the publisher says it."""
-
-    @property
-    def delivery_count(self) -> int:
-        """How often the broker has taken this message back already (quorum queues' x-delivery-count)."""
-        return self._count("x-delivery-count")
-
-    @property
-    def lost_count(self) -> int:
-        """How often this message and those it is a copy of were taken back."""
-        return self._count(LOST_HEADER) + self.delivery_count
-
-    def _count(self, name: str) -> int:
-        count = self.headers.get(name, 0)
-        return max(0, count) if isinstance(count, int) else 0  # pika's own long is an int
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.generation, self.delivery_tag
 
 
 class Consumer:
@@ -323,25 +280,8 @@ class Consumer:
         log.error("topology_error", reason=str(error), gives_up_in_seconds=self._broken_since + self._patience - now)
 
     def _on_delivery(self, _channel: BlockingChannel, method: Any, properties: Any, body: bytes) -> None:
-        headers = dict(properties.headers or {})
         self._in_hand.add((self._generation, method.delivery_tag))
-        self.deliveries.put(
-            Delivery(
-                body=body,
-                delivery_tag=method.delivery_tag,
-                generation=self._generation,
-                redelivered=method.redelivered,
-                message_id=short_text(properties.message_id),
-                correlation_id=short_text(properties.correlation_id),
-                reply_to=short_text(properties.reply_to),
-                expiration=short_text(properties.expiration),
-                content_type=short_text(properties.content_type),
-                priority=properties.priority,
-                headers=headers,
-                expires_at=_expires_at(properties, headers),
-                published_at=properties.timestamp,
-            )
-        )
+        self.deliveries.put(read_delivery(method, properties, body, generation=self._generation))
 
     def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes) -> None:
         self._on_control(method.routing_key)
@@ -356,18 +296,3 @@ class Consumer:
     def _on_retry(self, reason: str, delay_seconds: float) -> None:
         self.status = f"waiting for the broker: {reason}"
         log.warning("broker_unavailable", reason=reason, retry_in_seconds=round(delay_seconds, 2))
-
-
-def _expires_at(properties: Any, headers: dict[str, Any]) -> float | None:
-    """When the job expires: as its copy says, or counted from when it was published, or else from now.
-
-    The broker says nothing of how long a message has waited. It dead-letters by itself what expires in the queue.
-    """
-    from_copy = headers.get(EXPIRES_HEADER)
-    if isinstance(from_copy, int):  # pika reads a long as an int of its own
-        return from_copy / 1000
-    try:
-        time_to_live = int(properties.expiration) / 1000
-    except (TypeError, ValueError):
-        return None
-    return (properties.timestamp or time.time()) + time_to_live

@@ -22,7 +22,8 @@ from daemon.asked import DRAINED_BY_MESSAGE, Asked
 from daemon.attempt import DivergenceWatch, RankContext, attempt_plan, raise_for_outcomes
 from daemon.cancellations import Cancellations
 from daemon.config import Config
-from daemon.consumer import Consumer, Delivery
+from daemon.consumer import Consumer
+from daemon.delivery import Delivery
 from daemon.errors import (
     ErrorCode,
     ExitStatus,
@@ -38,7 +39,7 @@ from daemon.logs import finish_logs
 from daemon.loras import resolve_loras
 from daemon.measurements import SILENT, Measurements
 from daemon.planning import Draft, draft_plan
-from daemon.reporter import ATTEMPT_HEADER, Reporter
+from daemon.reporter import Reporter
 from daemon.scratch import Scratch
 from daemon.settlement import Settlement
 from daemon.staging import stage_inputs
@@ -164,10 +165,10 @@ class Coordinator:
             job = make_job(
                 message,
                 message_id=delivery.message_id,
-                attempt=_attempt_of(delivery),
+                attempt=delivery.attempt,
                 reply_to=delivery.reply_to,
                 correlation_id=delivery.correlation_id,
-                traceparent=_text_header(delivery, "traceparent"),
+                traceparent=delivery.traceparent,
             )
         except PermanentJobError as error:
             self._settlement.fail_malformed(delivery, error)
@@ -330,13 +331,3 @@ class Coordinator:
             attempt
         )
         return made
-
-
-def _attempt_of(delivery: Delivery) -> int:
-    attempt = delivery.headers.get(ATTEMPT_HEADER, 1)
-    return int(attempt) if isinstance(attempt, int) and attempt >= 1 else 1
-
-
-def _text_header(delivery: Delivery, name: str) -> str | None:
-    value = delivery.headers.get(name)
-    return value if isinstance(value, str) else None

@@ -14,7 +14,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from daemon.config import Config
-from daemon.consumer import Delivery
+from daemon.delivery import Delivery
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.events import now
 from daemon.health import RankState

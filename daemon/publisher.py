@@ -2,7 +2,7 @@
 
 Owns everything that reeld sends. `publish` means confirmed: it returns once the broker has the message, however
 long the broker is away, refuses it or is under an alarm; only its caller gives up. `offer` is for what may be lost
-(progress, heartbeats). Leaves out what is sent (`daemon.reporter`) and consuming (`daemon.consumer`).
+(progress, heartbeats). Leaves out what is sent (`daemon.message`, `daemon.reporter`) and consuming (`daemon.consumer`).
 """
 
 import concurrent.futures
@@ -15,9 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import pika
 import pika.exceptions
 import structlog
 from pika.adapters.blocking_connection import BlockingChannel
@@ -26,35 +24,13 @@ from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError, FatalError, PublishError
 from daemon.measurements import SILENT, Measurements
+from daemon.message import Message
 
 log = structlog.get_logger("publisher")
 
 _ACCESS_REFUSED = 403
 _IDLE_SECONDS = 1.0
 _OFFERED_AT_MOST = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One message to publish.
-
-    `alternate_queue` is where the exchange's alternate exchange keeps what nobody is bound for; a warning is logged
-    when the message went there.
-    """
-
-    exchange: str
-    routing_key: str
-    body: bytes
-    mandatory: bool = False
-    content_type: str = "application/json"
-    message_id: str | None = None
-    type: str | None = None
-    correlation_id: str | None = None
-    reply_to: str | None = None
-    priority: int | None = None
-    persistent: bool = True
-    headers: dict[str, Any] = field(default_factory=dict)
-    alternate_queue: str | None = None
 
 
 @dataclass(slots=True)
@@ -241,17 +217,7 @@ class Publisher:
                 message.exchange,
                 message.routing_key,
                 message.body,
-                pika.BasicProperties(
-                    content_type=message.content_type,
-                    delivery_mode=2 if message.persistent else 1,
-                    message_id=message.message_id,
-                    type=message.type,
-                    correlation_id=message.correlation_id,
-                    reply_to=message.reply_to,
-                    priority=message.priority,
-                    app_id="reeld",
-                    headers=message.headers or None,
-                ),
+                message.properties(),
                 mandatory=message.mandatory,
             )
 

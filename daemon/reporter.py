@@ -11,17 +11,17 @@ from typing import Any
 
 import structlog
 
-from daemon.consumer import EXPIRES_HEADER, LOST_HEADER, Delivery
 from daemon.copies import own_headers
+from daemon.delivery import ATTEMPT_HEADER, EXPIRES_HEADER, LOST_HEADER, Delivery
 from daemon.errors import ErrorCode, JobError
 from daemon.events import CONTENT_TYPE, Event, job_event, now, worker_event
 from daemon.job import Job
-from daemon.publisher import Message, Publisher
+from daemon.message import Message
+from daemon.publisher import Publisher
 from daemon.topology import Topology
 
 log = structlog.get_logger("job")
 
-ATTEMPT_HEADER = "x-reeld-attempt"
 TIME_HEADER = "x-reeld-time"  # on a dead letter: when it became one, RFC 3339
 _PROGRESS_INTERVAL_SECONDS = 1.0
 

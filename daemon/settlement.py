@@ -12,7 +12,8 @@ import structlog
 import tenacity
 
 from daemon.cancellations import Cancellations
-from daemon.consumer import Consumer, Delivery
+from daemon.consumer import Consumer
+from daemon.delivery import Delivery
 from daemon.errors import (
     ErrorCode,
     JobCancelled,

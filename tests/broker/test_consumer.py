@@ -10,7 +10,8 @@ import pytest
 
 from daemon import client
 from daemon.config import BrokerConfig
-from daemon.consumer import Consumer, Delivery
+from daemon.consumer import Consumer
+from daemon.delivery import Delivery
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.harness import publish, take, until

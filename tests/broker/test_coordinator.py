@@ -19,8 +19,9 @@ import pytest
 from daemon import client
 from daemon.attempt import RankContext
 from daemon.config import BrokerConfig, Config
-from daemon.consumer import Consumer, Delivery
+from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
+from daemon.delivery import Delivery
 from daemon.errors import ConfigError
 from daemon.finisher import _ASKED, Generated
 from daemon.health import RankState

@@ -13,7 +13,8 @@ from daemon import client
 from daemon.config import BrokerConfig
 from daemon.connection import connect
 from daemon.errors import FatalError, PublishError
-from daemon.publisher import Message, Publisher
+from daemon.message import Message
+from daemon.publisher import Publisher
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.harness import take
