@@ -22,7 +22,15 @@ import torch
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
 
-from parallel.bench_variants import Case, Variant, diffsynth_loop, our_variants, random_dit, resident_variants
+from parallel.bench_variants import (
+    Case,
+    Variant,
+    diffsynth_loop,
+    our_variants,
+    random_dit,
+    resident_variants,
+    without_added_kernels,
+)
 from parallel.card import CardSampler, matmul_tflops, synchronise
 from parallel.forward import shape_of
 from parallel.model import load_dit
@@ -99,7 +107,8 @@ class _Bench:
         variants = resident_variants(dit, case, self._world, compiled=options.compile)
         if options.float32_reference:
             exact = copy.deepcopy(dit).float()
-            self._reference = diffsynth_loop(exact, case, options.steps, model_fn_wan_video)
+            with without_added_kernels():
+                self._reference = diffsynth_loop(exact, case, options.steps, model_fn_wan_video)
             del exact
         chosen = self._chosen(case, dit)
         self._take_turns([variant for variant in variants if self._wanted(variant)], case, dit, chosen)

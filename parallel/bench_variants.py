@@ -4,6 +4,7 @@ Owns the transformers (the profile's real shape with random weights made on the 
 each way to run its modules, and the loops around them. Leaves out timing and reporting (`parallel.bench`).
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from diffsynth.configs import MODEL_CONFIGS
 from diffsynth.diffusion import FlowMatchScheduler
+from diffsynth.models import wan_video_dit
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
@@ -32,6 +34,8 @@ from parallel.usp_reference import enable_usp, usp_model_fn
 from parallel.world import World
 
 CFG_SCALE = 5.0
+# What DiffSynth's Wan code takes, where it is, before torch's own attention.
+_ADDED_KERNELS = ("FLASH_ATTN_3_AVAILABLE", "FLASH_ATTN_2_AVAILABLE", "SAGE_ATTN_AVAILABLE")
 ALONE = SplitGroups(ParallelDegrees(), SOLO, SOLO, SOLO, SOLO)
 
 
@@ -116,6 +120,8 @@ def resident_variants(dit: Any, case: Case, world: World, *, compiled: bool) -> 
         return diffsynth_loop(dit, case, steps, model_fn_wan_video)
 
     yield Variant("diffsynth", 1, plain)
+    if any(getattr(wan_video_dit, name) for name in _ADDED_KERNELS):
+        yield Variant("diffsynth-sdpa", 1, without_added_kernels()(plain))
     if world.world_size > 1:
         usp = sharing(dit)
         enable_usp(usp, world)
@@ -123,6 +129,19 @@ def resident_variants(dit: Any, case: Case, world: World, *, compiled: bool) -> 
     yield from our_variants(sharing(dit), "ours", case, world, compiled=False)
     if compiled:
         yield from our_variants(sharing(dit), "ours-compiled", case, world, compiled=True)
+
+
+@contextlib.contextmanager
+def without_added_kernels() -> Iterator[None]:
+    """DiffSynth's Wan attention by torch's own kernels, as where nothing else is installed; those also take float32."""
+    found = {name: getattr(wan_video_dit, name) for name in _ADDED_KERNELS}
+    try:
+        for name in found:
+            setattr(wan_video_dit, name, False)
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(wan_video_dit, name, value)
 
 
 def our_variants(

@@ -2,11 +2,11 @@
 # The benchmarks on a bare machine with N GPUs that has Python 3.12, torch, CUDA and pytest, but no network: installs
 # what benchmarks/gpu/carry.sh packed into .whl, then runs the stages named. Each stage can run alone and leaves its
 # JSON and its log in OUT. As root: RabbitMQ and Erlang go where their packages have them. With what
-# benchmarks/gpu/carry_flash3.sh packed beside it (.flash3), all stages from there on run with FlashAttention 3, also plain
-# DiffSynth, which then cannot compute in float32 (`precision`).
+# benchmarks/gpu/carry_flash3.sh packed beside it (.flash3), all stages from there on run with FlashAttention 3, plain
+# DiffSynth too; the benchmark then has it without as well.
 #
 #   OUT=DIR benchmarks/gpu/run.sh smoke profile kernels 1.3b precision 14b 14b-720p i2v-14b i2v-14b-720p video-1 video \
-#       memory memory-2 precision+memory sharding waits offload daemon unit loading recovery
+#       memory memory-2 precision+memory sharding waits offload daemon unit loading recovery pinning
 set -u
 
 here=$PWD
@@ -180,6 +180,7 @@ for each in "$@"; do
         unit) unit ;;
         loading) loading ;;
         recovery) recovery ;;
+        pinning) stage pinning 150 python3 -m benchmarks.gpu.pinning --output "$OUT/pinning.json"; cat "$OUT/pinning.log" ;;
         *) echo "no stage $each"; exit 2 ;;
     esac
 done
