@@ -26,10 +26,11 @@ from daemon.settlement import Settlement
 from daemon.storage import Storage
 from daemon.video import CODEC, encode_video
 from parallel.plan import GenerationPlan, LoraPlan
+from parallel.tasks import TASK_PARAMETERS
 
 log = structlog.get_logger("job")
 
-# What of the plan the result repeats: every parameter as it was used.
+# What of every plan the result repeats, as it was used.
 _ASKED = (
     "model",
     "task",
@@ -201,10 +202,7 @@ class Finisher:
             "worker_id": self._config.worker_id,
             "result": {
                 "video": video,
-                "plan": {
-                    **{name: getattr(plan, name) for name in _ASKED},
-                    "loras": [_named(each) for each in plan.loras],
-                },
+                "plan": _told(plan, generated.draft),
                 "timings": {**generated.timings, "finish_seconds": round(time.monotonic() - begun, 3)},
                 "manifest": str(self._storage.manifest_path(job.job_id)),
             },
@@ -214,6 +212,17 @@ class Finisher:
         if counted["result"]["video"]["sha256"] != stored.sha256:
             stored.path.unlink(missing_ok=True)  # another daemon was first, with other frames
         return counted
+
+
+def _told(plan: GenerationPlan, draft: Draft) -> dict[str, Any]:
+    """The plan for its publisher, by the names of a job's parameters.
+
+    What its task or model does not take is not there, nor are prompts, which may be anybody's secret.
+    """
+    of_task = {name: value for name in TASK_PARAMETERS if (value := getattr(plan, name)) is not None}
+    of_model = {"switch_DiT_boundary": plan.switch_boundary} if draft.switches_experts else {}
+    common = {name: getattr(plan, name) for name in _ASKED}
+    return {**common, **of_task, **of_model, "loras": [_named(each) for each in plan.loras]}
 
 
 def _named(lora: LoraPlan) -> dict[str, Any]:

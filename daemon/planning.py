@@ -19,11 +19,13 @@ from parallel.tasks import TASK_PARAMETERS, TASKS
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan without its staged inputs, and what rank 0 alone needs to know: `input_uris` by input."""
+    """A plan without its staged inputs, and what rank 0 alone needs to know: `input_uris` by input; `switches_experts`,
+    whether the model has two."""
 
     plan: GenerationPlan
     fps: int
     input_uris: dict[str, str]
+    switches_experts: bool
 
 
 def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsConfig) -> Draft:
@@ -66,7 +68,12 @@ def draft_plan(job: Job, profiles: Mapping[str, ModelProfile], limits: LimitsCon
         time_limit_seconds=min(message.time_limit_seconds or limits.time_limit_seconds, limits.time_limit_seconds),
         **chosen,
     )
-    return Draft(plan=plan, fps=message.output.fps or defaults.fps, input_uris=uris)
+    return Draft(
+        plan=plan,
+        fps=message.output.fps or defaults.fps,
+        input_uris=uris,
+        switches_experts=profile.switch_boundary is not None,
+    )
 
 
 def _step_cache(threshold: float | None, profile: ModelProfile) -> float | None:

@@ -18,22 +18,29 @@ from rich.table import Column, Table
 
 from daemon.config import BrokerConfig
 from daemon.dead_letters import DeadLetter, DeadLetterQueue, rfc3339
-from daemon.errors import ReeldError
+from daemon.errors import ErrorCode, ReeldError
 from ops.ages import age_text
 from ops.failure import CommandFailedError, UsageError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SHOWN_WHEN_ASKING = 10
+_CODES = (*ErrorCode, "unknown")
+_PIPED_COLUMNS = 250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
-    """Which letters are meant: those that match every filter given."""
+    """Which letters are meant: those that match every filter given. Raises UsageError for a code that there is not."""
 
     codes: tuple[str, ...] = ()
     job_ids: tuple[str, ...] = ()
     older_than_seconds: float | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for code in self.codes:
+            if code not in _CODES:
+                raise UsageError(f"--code {code}: there is {', '.join(_CODES)}")
 
     @property
     def given(self) -> bool:
@@ -68,7 +75,7 @@ def list_letters(broker: BrokerConfig, pool: str, filters: Filters, *, as_json: 
     if not found:
         print("no dead letter matches" if filters.codes or filters.job_ids else f"pool {pool} has no dead letters")
         return
-    Console().print(_table(found))
+    Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS).print(_table(found))
 
 
 def show_letters(broker: BrokerConfig, pool: str, filters: Filters, *, as_json: bool) -> None:
@@ -157,7 +164,8 @@ def _matching(queue: DeadLetterQueue, filters: Filters) -> Iterator[DeadLetter]:
 
 
 def _table(letters: list[DeadLetter]) -> Table:
-    table = Table("job", "code", "age", "worker", Column("reason", overflow="fold"))
+    # Nothing is cut short: an id is there to be given to --job-id.
+    table = Table(*(Column(name, overflow="fold") for name in ("job", "code", "age", "worker", "reason")))
     for letter in letters:
         age = "?" if letter.died_at is None else age_text(time.time() - letter.died_at)
         where = f"{letter.path}: " if letter.path and not letter.message.startswith(letter.path) else ""

@@ -209,7 +209,8 @@ def test_dropping_takes_the_matching_letters_only(settings: BrokerConfig) -> Non
 
 
 def test_list_and_show_for_people_and_for_programs(settings: BrokerConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text is shown as it is, not as markup; JSON holds what the table does, and `show` the whole job."""
+    """Text is shown as it is, not as markup, and into a pipe in whole lines; JSON holds what the table does; `show` has
+    the whole job."""
     bury(settings, {"job_id": "a", "code": "internal", "headers": {"x-reeld-message": "[red]no[/] luck"}})
     dlq.list_letters(settings, POOL, Filters(), as_json=False)
     assert "[red]no[/] luck" in capsys.readouterr().out
@@ -223,6 +224,11 @@ def test_list_and_show_for_people_and_for_programs(settings: BrokerConfig, capsy
     assert "[red]no[/] luck" in capsys.readouterr().out
     dlq.list_letters(settings, POOL, Filters(codes=("expired",)), as_json=True)
     assert json.loads(capsys.readouterr().out) == []
+    bury(settings, {"job_id": "01a2249e-b457-7fa0-9c1a-0123456789ab", "code": "storage_unavailable", "headers": {}})
+    dlq.list_letters(settings, POOL, Filters(), as_json=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "storage_unavailable" in line)
+    assert "01a2249e-b457-7fa0-9c1a-0123456789ab" in line
+    assert "why 01a2249e-b457-7fa0-9c1a-0123456789ab" in line
 
 
 @pytest.mark.parametrize(("answer", "left"), [("n", 2), ("y", 0)])
@@ -245,7 +251,7 @@ def test_on_a_terminal_it_asks(settings: BrokerConfig, answer: str, left: int) -
 
 
 def test_mistakes_of_the_command_line(settings: BrokerConfig) -> None:
-    """No filter, no pool, no such unit of time: usage, with what to give instead."""
+    """No filter, no pool, no such unit of time or code: usage, with what to give instead."""
 
     def fails(*arguments: str) -> str:
         command = [sys.executable, "-m", "ops.cli", "dlq", *arguments]
@@ -257,6 +263,7 @@ def test_mistakes_of_the_command_line(settings: BrokerConfig) -> None:
     assert "--all" in fails("drop", "--pool", POOL, "--yes")
     assert "--pool" in fails("list")
     assert "2h" in fails("list", "--pool", POOL, "--older-than", "yesterday")
+    assert "malformed_job" in fails("list", "--pool", POOL, "--code", "malformed")
 
 
 def test_two_jobs_of_one_name_are_two_letters(settings: BrokerConfig) -> None:

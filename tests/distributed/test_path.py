@@ -140,6 +140,16 @@ def test_image_to_video_echoes_metadata_and_seed(running: Running) -> None:
     assert _decoded(event["data"]["result"]["video"])[1].shape == (9, 64, 96, 3)
 
 
+def test_the_result_names_the_parameters_of_its_task(running: Running) -> None:
+    """What a task alone takes is in its result as it was used, and not in another task's."""
+    first = running.do(job())["data"]["result"]
+    parameters = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 4, "denoising_strength": 0.7}
+    again = job(task="video_to_video", inputs={"input_video": first["video"]["uri"]}, parameters=parameters)
+    plan = running.do(again)["data"]["result"]["plan"]
+    assert {name: plan[name] for name in parameters} == parameters
+    assert plan.keys() - first["plan"].keys() == {"denoising_strength"}
+
+
 def test_a_lora_is_for_one_job(running: Running) -> None:
     """A job's LoRA changes its video, the result names it, and the next job without it is as the one before it."""
     named = {"name": "styles/peft", "strength": 0.5}

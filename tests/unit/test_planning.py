@@ -179,6 +179,8 @@ def test_the_boundary_between_experts_is_the_jobs_or_the_profiles() -> None:
     """A model with two experts has a boundary of its own, and a job may move it."""
     two = profiles(switch_boundary=0.9)
     assert draft_plan(job(), two, LIMITS).plan.switch_boundary == 0.9
+    assert draft_plan(job(), two, LIMITS).switches_experts
+    assert not draft_plan(job(), profiles(), LIMITS).switches_experts
     moved = job(parameters={"switch_DiT_boundary": 0.5})
     assert draft_plan(moved, two, LIMITS).plan.switch_boundary == 0.5
 
