@@ -5,7 +5,7 @@ ARGS ?=
 RANKS ?= 2,1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading \
+.PHONY: help install install-worker demo test test-brokers test-tasks test-install storm soak fuzz bench-recovery bench-loading \
 	dashboard-picture check clean
 
 help: ## show this list
@@ -14,6 +14,9 @@ help: ## show this list
 install: ## RabbitMQ, what the tests need besides, a virtual environment; nothing to do when up to date
 	@ops/install.sh --tests
 	@ops/install_test_tools.sh
+
+install-worker: ## the virtual environment alone: for a box whose broker is elsewhere, and that runs no tests
+	@ops/install.sh --no-broker
 
 demo: ## install, then two videos and a dead letter on a private broker (REELD_AMQP_URL: on that one)
 	@ops/install.sh $(if $(REELD_AMQP_URL),--no-broker)

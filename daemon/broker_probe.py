@@ -9,9 +9,10 @@ from typing import Any
 
 import pika.exceptions
 
+from daemon.broker_url import redacted
 from daemon.client import close, count_messages, translated
-from daemon.config import BrokerConfig
-from daemon.connection import LOST, OverdueError, connect, redacted
+from daemon.connection import LOST, OverdueError, connect
+from daemon.sections import BrokerConfig
 
 _PRECONDITION_FAILED = 406
 _PROBE_SECONDS = 5.0

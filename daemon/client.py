@@ -18,8 +18,8 @@ import pika
 import pika.exceptions
 from pika.adapters.blocking_connection import BlockingConnection
 
-from daemon.config import BrokerConfig
-from daemon.connection import LOST, connect, redacted
+from daemon.broker_url import redacted
+from daemon.connection import LOST, connect
 from daemon.errors import (
     BrokerUnavailableError,
     ConfigError,
@@ -28,6 +28,7 @@ from daemon.errors import (
     PublishError,
     UnroutablePublishError,
 )
+from daemon.sections import BrokerConfig
 from daemon.topology import Difference, Topology, apply_topology, check_topology
 
 _T = TypeVar("_T")

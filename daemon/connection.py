@@ -7,10 +7,10 @@ is known whether the broker blocks publishers. Leaves out what is done on a conn
 
 import contextlib
 import random
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import pika
 import pika.exceptions
@@ -20,8 +20,9 @@ from pika.adapters.select_connection import SelectConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.heartbeat import HeartbeatChecker
 
-from daemon.config import BrokerConfig
+from daemon.broker_url import redacted
 from daemon.errors import BrokerUnavailableError, ConfigError, CredentialsError, FatalError
+from daemon.sections import BrokerConfig
 from daemon.tables import install as read_tables_safely
 
 read_tables_safely()
@@ -112,21 +113,12 @@ class Connection(BlockingConnection):  # type: ignore[misc]  # pika ships no typ
         self.blocked = None if frame is None else str(frame.method.reason or "no reason given")
 
 
-def redacted(url: str) -> str:
-    """The URL without its password, fit for logs."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    port = f":{parts.port}" if parts.port else ""
-    user = f"{parts.username}@" if parts.username else ""
-    return urlunsplit((parts.scheme, f"{user}{host}{port}", parts.path, "", ""))
-
-
 def tls_context(broker: BrokerConfig) -> ssl.SSLContext:
     """Whom we trust and who we are. Raises ConfigError that names the file at fault."""
     try:
         context = ssl.create_default_context(cafile=str(broker.ca_file) if broker.ca_file else None)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"broker.ca_file {broker.ca_file}: {error.strerror or error}") from error
+        raise ConfigError(f"broker.ca_file: {broker.ca_file}: {error.strerror or error}") from error
     if broker.cert_file is not None:
         try:
             # A key with a passphrase would have OpenSSL ask for it on a terminal that a service does not have.
@@ -146,11 +138,14 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
     """Opens a connection once.
 
     Raises CredentialsError (user, password or virtual host refused), ConfigError (TLS on a plain port, a certificate
-    that is not trusted) and BrokerUnavailableError (anything that may pass).
+    that is not trusted, a parameter of the URL) and BrokerUnavailableError (anything that may pass).
     """
     url = broker.resolved_url()
     shown = redacted(url)
-    parameters = pika.URLParameters(url)
+    try:
+        parameters = pika.URLParameters(url)
+    except (ValueError, TypeError, SyntaxError):  # it evaluates some of the values as Python
+        raise ConfigError(f"{shown}: a parameter behind the ? of the URL is not one that pika takes") from None
     parameters.heartbeat = broker.heartbeat_seconds
     parameters.socket_timeout = broker.connect_timeout_seconds
     parameters.stack_timeout = broker.connect_timeout_seconds + 5
@@ -163,7 +158,10 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
     except pika.exceptions.ProbableAuthenticationError as error:
         raise CredentialsError(f"{shown}: the broker refused the user or the password") from error
     except pika.exceptions.ProbableAccessDeniedError as error:
-        raise CredentialsError(f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}") from error
+        raise CredentialsError(
+            f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}: it is not there, or the user"
+            " has no permissions on it (docs/brokers.md)"
+        ) from error
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(f"{shown}: the broker's certificate is not trusted: {error.verify_message}") from error
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
@@ -174,6 +172,8 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
         # pika's own, out of its loop: a socket that is reset between connect() and getpeername(). Parameters that mean
         # nothing were refused above.
         raise BrokerUnavailableError(f"{shown}: reset while connecting") from error
+    except socket.gaierror as error:
+        raise BrokerUnavailableError(f"{shown}: the name {parameters.host} does not resolve") from error
     except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
         cause = error.args[0] if error.args else error
         text = str(getattr(cause, "exception", cause) or type(error).__name__)

@@ -17,11 +17,11 @@ import pika.exceptions
 import structlog
 from pika.adapters.blocking_connection import BlockingChannel
 
-from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, connect_with_backoff
 from daemon.delivery import Delivery, read_delivery
 from daemon.errors import ConfigError, FatalError
 from daemon.measurements import SILENT, Measurements
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 
 log = structlog.get_logger("consumer")

@@ -16,13 +16,14 @@ from typing import Any, Self
 import pika
 import pika.exceptions
 
+from daemon.broker_url import redacted
 from daemon.client import close, translated
-from daemon.config import BrokerConfig
-from daemon.connection import LOST, connect, redacted
+from daemon.connection import LOST, connect
 from daemon.copies import REQUEUED_HEADER, own_headers, short_text
 from daemon.errors import ErrorCode, PublishError, UnroutablePublishError
 from daemon.job import salvage_job_id
 from daemon.reporter import TIME_HEADER
+from daemon.sections import BrokerConfig
 
 _REASONS_KEPT = 5
 _REASON_CHARACTERS = 500

@@ -12,9 +12,9 @@ from typing import Any
 
 import structlog
 
-from daemon.config import MetricsConfig
 from daemon.errors import ConfigError
 from daemon.metrics import Metrics
+from daemon.sections import MetricsConfig
 from daemon.vitals import Reason, Vitals
 
 log = structlog.get_logger("launcher")

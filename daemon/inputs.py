@@ -25,8 +25,8 @@ from PIL import Image
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from daemon.config import InputsConfig
 from daemon.errors import ErrorCode, PermanentJobError, TransientJobError
+from daemon.sections import InputsConfig
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 _CHUNK_BYTES = 64 * 1024

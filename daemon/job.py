@@ -113,7 +113,9 @@ class JobMessage(_Message):
     loras: tuple[Lora, ...] = Field((), max_length=8, description="added in this order")
     output: Output = Output()
     time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    metadata: dict[str, Any] = Field(default_factory=dict, description="echoed back in every event")
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="the publisher's own; echoed back in the last event"
+    )
 
 
 class Job(BaseModel):

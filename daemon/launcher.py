@@ -1,8 +1,8 @@
-"""The launcher: validates the configuration, then runs torchrun's agent in this process.
+"""The launcher: has the configuration validated, then runs torchrun's agent in this process.
 
 It is the unit's main process, because systemd sees only the main process's exit status and torchrun hides the
 ranks'. Owns the exit status, the restart of a broken group, and passing on the wish to drain. Leaves out what a rank
-does (`daemon.rank`) and what systemd is told (`daemon.service_state`).
+does (`daemon.rank`), what systemd is told (`daemon.service_state`) and what can be wrong (`daemon.validation`).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import structlog
 
 from daemon.config import Config
 from daemon.entry import CONFIG_VARIABLE, main_in_group
-from daemon.errors import ConfigError, ExitStatus, FatalError
+from daemon.errors import ExitStatus, FatalError
 from daemon.fork_server import start_fork_server
 from daemon.group_watch import GroupWatch
 from daemon.logs import (
@@ -33,15 +33,13 @@ from daemon.logs import (
     log_format_for_ranks,
     setup_logs,
 )
-from daemon.models import check_models
 from daemon.notify import Notifier
 from daemon.preflight import look_at_broker
 from daemon.rank_processes import LAUNCHER_VARIABLE, exit_statuses, kill_fork_server, kill_ranks, rank_processes
 from daemon.service_state import ServiceState
 from daemon.signals import DRAIN_SIGNAL
+from daemon.validation import check, known_nproc
 from daemon.vitals import Vitals
-from daemon.writable import write_into
-from parallel.profile import ModelFiles
 
 log = structlog.get_logger("launcher")
 
@@ -52,23 +50,6 @@ _RESTARTS_IN_A_ROW = 10
 _LONGEST_PAUSE_SECONDS = 30.0
 # What comes after a drain's limit and grace: the ranks are dead, this process ends.
 _LEAVE_SECONDS = 30.0
-
-
-def check(config: Config, *, make_folders: bool = False) -> list[ModelFiles]:
-    """Everything that can be validated without the broker and the GPUs. Raises ConfigError.
-
-    Without `make_folders` nothing is made: who only asks may be root, and the worker somebody else.
-    """
-    files = check_models(config)
-    config.broker.resolved_url()
-    for directory in filter(None, (config.output.directory, config.work_directory, config.log.directory)):
-        try:
-            if make_folders:
-                directory.mkdir(parents=True, exist_ok=True)
-            write_into(directory)
-        except OSError as error:
-            raise ConfigError(f"{directory}: not writable: {error.strerror}") from error
-    return files
 
 
 def run(config: Config, config_path: Path | None) -> int:
@@ -300,10 +281,9 @@ class _Launcher:
 
 
 def _resolve_nproc(config: Config) -> int:
-    if config.nproc_per_node != "auto":
-        return config.nproc_per_node
-    if config.device == "cpu":
-        return 1
+    known = known_nproc(config)
+    if known is not None:
+        return known
     from parallel.agent import count_gpus
 
     return max(1, count_gpus())

@@ -7,27 +7,27 @@ of the field. Only headers are read. Leaves out putting them into the weights (`
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from daemon.config import LoraConfig
-from daemon.errors import ConfigError, ErrorCode, PermanentJobError
+from daemon.errors import ErrorCode, PermanentJobError
+from daemon.faults import Faults
 from daemon.job import Lora
+from daemon.sections import LoraConfig
 from parallel.layouts import LayoutError, read_layout
 from parallel.lora_layout import TARGETS, LayerShapes, LoraError, match_lora
 from parallel.plan import LoraPlan
 
 
-def check_loras(configured: Sequence[LoraConfig]) -> None:
-    """Checks what is configured on disk. Raises ConfigError, one line, for the first fault."""
-    for lora in configured:
-        where = f"loras: {lora.name}: {lora.path}"
+def check_loras(configured: Sequence[LoraConfig], faults: Faults) -> None:
+    """Checks what is configured on disk."""
+    for index, lora in enumerate(configured):
+        where = f"loras.{index}.path"
         try:
-            if lora.path.is_file():
-                read_layout(lora.path)
-            elif not lora.path.is_dir():
-                raise ConfigError(f"{where}: no such file or directory")
-        except LayoutError as error:
-            raise ConfigError(f"loras: {lora.name}: {error}") from error
+            with faults.at(where, LayoutError):
+                if lora.path.is_file():
+                    read_layout(lora.path)
+                elif not lora.path.is_dir():
+                    faults.add(where, f"{lora.path}: no such file or directory")
         except OSError as error:
-            raise ConfigError(f"{where}: {error.strerror}") from error
+            faults.add(where, f"{lora.path}: {error.strerror}")
 
 
 def resolve_loras(

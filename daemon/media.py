@@ -19,9 +19,9 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from daemon.config import InputsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.inputs import fetch_input
+from daemon.sections import InputsConfig
 
 AUDIO_SAMPLE_RATE = 16_000
 # By ffmpeg's names. No playlist, concatenation or image sequence: those name other files.

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from daemon.config import LimitsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.job import Job
+from daemon.sections import LimitsConfig
 from parallel.plan import GenerationPlan
 from parallel.profile import ModelProfile
 from parallel.tasks import TASK_PARAMETERS, TASKS

@@ -20,11 +20,11 @@ import pika.exceptions
 import structlog
 from pika.adapters.blocking_connection import BlockingChannel
 
-from daemon.config import BrokerConfig
 from daemon.connection import LOST, Connection, backoff_seconds, connect
 from daemon.errors import BrokerUnavailableError, FatalError, PublishError
 from daemon.measurements import SILENT, Measurements
 from daemon.message import Message
+from daemon.sections import BrokerConfig
 
 log = structlog.get_logger("publisher")
 

@@ -18,8 +18,8 @@ import structlog
 
 from daemon import __version__
 from daemon.attempt import RankContext, attempt_plan
+from daemon.broker_url import redacted
 from daemon.config import Config
-from daemon.connection import redacted
 from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
@@ -36,6 +36,7 @@ from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
 from daemon.warm_up import warm_up
 from parallel.checksums import verify_checksums
+from parallel.device import CudaForkedError
 from parallel.engine import memory_bytes
 from parallel.loading import ReadError, Throttled
 from parallel.model import LoadedModel, load_model
@@ -43,7 +44,7 @@ from parallel.outcome import Stop
 from parallel.plan import Generate, Shutdown
 from parallel.profile import ModelFiles, ModelFolderError
 from parallel.strategy import MemorySettings
-from parallel.world import CudaForkedError, HealthBoard, Launch, World, join, read_launch
+from parallel.world import HealthBoard, Launch, World, join, read_launch
 
 log = structlog.get_logger("process")
 
@@ -58,7 +59,7 @@ def run_rank(config: Config) -> int:
     state = RankState(StallLimits(config.stall))
     health = _health(config, launch, state)
     state.set("joining", phase="join")
-    files = check_models(config)
+    files = check_models(config, world_size=launch.world_size)
     try:
         world = join(launch, device_kind=config.device)
     except ValueError as error:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daemon.config import InputsConfig
 from daemon.inputs import stage_image
 from daemon.media import stage_audio, stage_video
 from daemon.planning import Draft
+from daemon.sections import InputsConfig
 from parallel.plan import GenerationPlan
 from parallel.tasks import INPUT_KINDS, MAY_BE_SHORTER
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from daemon.config import StallConfig
+from daemon.sections import StallConfig
 
 _WORKS_REMEMBERED = 256
 # How long an input takes is the outside world's affair, and fetching it has deadlines of its own.

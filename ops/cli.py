@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ops import commands_bench, commands_operator, commands_service
+from ops.default_url import names_default_url
 from ops.options import (
     DEFAULT_URL,
     BrokerOptions,
@@ -51,6 +52,7 @@ class SchemaName(StrEnum):
     """What `reeld schema` prints."""
 
     JOB = "job"
+    CONFIG = "config"
     ASYNCAPI = "asyncapi"
 
 
@@ -70,17 +72,20 @@ def run(
     from daemon.config import load_config
 
     settings = load_config(config)
-    from daemon import launcher
-
     if not check:
+        from daemon import launcher
+
         raise typer.Exit(launcher.run(settings, config))
-    launcher.check(settings)
+    from daemon import validation
+
+    validation.check(settings)
     for model in settings.models:
         typer.echo(f"model {model.profile}: {model.path} is whole")
     typer.echo("configuration is valid")
 
 
 @app.command()
+@names_default_url
 def submit(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -99,7 +104,13 @@ def submit(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    image: Annotated[str | None, typer.Option(help="First frame: a URI, or a path as the worker sees it.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            help="First frame: a URI, or a file that is on this box and, by the same path, on the worker's, whose "
+            "inputs.schemes must allow file and inputs.roots its folder."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random without it; the result names the one used.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -163,6 +174,7 @@ def submit(
 
 
 @app.command()
+@names_default_url
 def watch(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -346,14 +358,21 @@ def health(
 
 @app.command()
 def schema(
-    what: Annotated[SchemaName, typer.Argument(help="The job message, or the whole surface.")] = SchemaName.JOB,
+    what: Annotated[
+        SchemaName, typer.Argument(help="The job message, the configuration, or all that goes over the broker.")
+    ] = SchemaName.JOB,
     prefix: PrefixOption = "reeld",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Of config: as the reference in docs/configuration.md.")
+    ] = False,
 ) -> None:
-    """Print the JSON Schema of a job, or an AsyncAPI 3.0 document of everything that goes over the broker.
+    """Print the JSON Schema of a job or of the configuration, or an AsyncAPI 3.0 document of the broker's side.
 
     Examples:
 
         reeld schema job > job.schema.json
+
+        reeld schema config --markdown > docs/configuration.md
 
         reeld schema asyncapi > asyncapi.json
     """
@@ -361,8 +380,21 @@ def schema(
 
     from daemon.job import job_json_schema
     from ops.asyncapi import asyncapi_document
+    from ops.config_reference import config_json_schema, config_markdown
+    from ops.failure import UsageError
 
-    document = job_json_schema() if what is SchemaName.JOB else asyncapi_document(prefix=prefix)
+    if markdown and what is not SchemaName.CONFIG:
+        raise UsageError("--markdown goes with `reeld schema config`")
+    match what:
+        case SchemaName.CONFIG if markdown:
+            typer.echo(config_markdown())
+            return
+        case SchemaName.CONFIG:
+            document = config_json_schema()
+        case SchemaName.JOB:
+            document = job_json_schema()
+        case SchemaName.ASYNCAPI:
+            document = asyncapi_document(prefix=prefix)
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""The operator's commands: dead letters, draining, watching the whole, stacks, the bundle for support.
+"""The operator's commands: dead letters, draining, cancelling, watching the whole, stacks, the bundle for support.
 
 Owns their options. Each command's work is in a module of its own, imported only when the command runs. Leaves out the
 other commands (`ops.cli`).
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ops.default_url import names_default_url
 from ops.options import (
     DEFAULT_URL,
     BrokerOptions,
@@ -24,7 +25,7 @@ from ops.options import (
 )
 
 if TYPE_CHECKING:
-    from daemon.config import BrokerConfig
+    from daemon.sections import BrokerConfig
     from ops.dlq import Filters
 
 # `reeld@INSTANCE.service` reads INSTANCE.toml there, with REELD_INSTANCE set.
@@ -34,7 +35,9 @@ dlq_app = typer.Typer(help="List, show, requeue or drop the jobs that could not 
 
 ConfigInstead = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="reeld's TOML file: broker and pool as it says.", show_default=False),
+    typer.Option(
+        "--config", "-c", help="reeld's TOML file: broker and pool as it says.", show_default=False, readable=False
+    ),
 ]
 CodesOption = Annotated[list[str] | None, typer.Option("--code", help="Only with this error code; repeatable.")]
 JobIdsOption = Annotated[list[str] | None, typer.Option("--job-id", help="Only this job; repeatable.")]
@@ -46,6 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 @dlq_app.command("list")
+@names_default_url
 def dlq_list(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -77,6 +81,7 @@ def dlq_list(
 
 
 @dlq_app.command("show")
+@names_default_url
 def dlq_show(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -108,6 +113,7 @@ def dlq_show(
 
 
 @dlq_app.command("requeue")
+@names_default_url
 def dlq_requeue(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -142,6 +148,7 @@ def dlq_requeue(
 
 
 @dlq_app.command("drop")
+@names_default_url
 def dlq_drop(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -173,6 +180,7 @@ def dlq_drop(
     dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
+@names_default_url
 def top(
     url: UrlOption = DEFAULT_URL,
     url_file: UrlFileOption = None,
@@ -210,6 +218,7 @@ def top(
         command.live(broker)
 
 
+@names_default_url
 def drain(
     worker: Annotated[
         list[str] | None,
@@ -223,7 +232,9 @@ def drain(
     prefix: PrefixOption = "reeld",
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help="reeld's TOML file: its broker, and its worker.", show_default=False),
+        typer.Option(
+            "--config", "-c", help="reeld's TOML file: its broker, and its worker.", show_default=False, readable=False
+        ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every worker that is heard.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Until they have stopped.")] = False,
@@ -251,6 +262,39 @@ def drain(
     command.drain(broker, list(dict.fromkeys(names)), every=every, wait=wait, timeout_seconds=timeout)
 
 
+@names_default_url
+def cancel(
+    job_id: Annotated[str, typer.Argument(metavar="JOB_ID", help="As `submit` printed it, and `top` shows it.")],
+    url: UrlOption = DEFAULT_URL,
+    url_file: UrlFileOption = None,
+    ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
+    prefix: PrefixOption = "reeld",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="reeld's TOML file: its broker.", show_default=False, readable=False),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Until the job has ended.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits.")] = None,
+) -> None:
+    """End a job, running or queued, of any pool. It is no dead letter; its publisher hears `cancelled`.
+
+    Prints each worker's answer: running (it stops at its next step), finishing or succeeded (too late), unknown (not
+    there; it will not start there). Ends with 1 when nobody listens or answers, and with --wait when it came too late.
+
+    Examples:
+
+        reeld cancel 0198f0c2-7a51-7c3e-9a55-5f1f4b7a2f10
+
+        reeld cancel fox-1 --wait --timeout 60
+    """
+    from ops import cancel as command
+
+    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
+    command.cancel(broker, job_id, wait=wait, timeout_seconds=timeout)
+
+
 def stacks(
     name: Annotated[
         str | None,
@@ -276,7 +320,9 @@ def stacks(
 def support_bundle(
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
+        typer.Option(
+            "--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False, readable=False
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = None,
     since: Annotated[str, typer.Option(help="How far back the journal goes, as journalctl has it.")] = "-2h",
@@ -304,6 +350,7 @@ def add_to(app: typer.Typer) -> None:
     """Adds these commands to `reeld`."""
     app.command()(top)
     app.command()(drain)
+    app.command()(cancel)
     app.command()(stacks)
     app.command()(support_bundle)
     app.add_typer(dlq_app, name="dlq")

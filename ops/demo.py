@@ -7,6 +7,7 @@ Owns the course of the demo. Leaves out every part that it uses: the jobs and th
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from daemon.broker_url import redacted
 from daemon.client import (
     EventStream,
     ReceivedEvent,
@@ -25,9 +27,9 @@ from daemon.client import (
     delete_on,
     publish_job,
 )
-from daemon.config import BrokerConfig, load_config
-from daemon.connection import redacted
+from daemon.config import load_config
 from daemon.events import TERMINAL
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology, topology_of
 from ops import tiny_model
 from ops.demo_jobs import DemoJob, demo_jobs, show_dead_letter, show_video
@@ -246,11 +248,13 @@ def _publish_and_follow(
 
 def _keep(worker: WorkerProcess, url: str, prefix: str, config_path: Path, console: Console) -> None:
     """Leaves broker and worker running until Ctrl-C."""
+    reeld = shlex.quote(str(Path(sys.executable).with_name("reeld")))  # seldom in another terminal's PATH
+    there = f"--url {shlex.quote(url)} --prefix {prefix}"
     console.print("broker and worker keep running; Ctrl-C stops them. In another terminal:\n")
     console.print(
-        f"  reeld submit --url {url} --prefix {prefix} --pool {POOL} --task text_to_video"
-        f" --prompt 'a red fox' --wait\n  reeld watch --url {url} --prefix {prefix}\n"
-        f"  reeld doctor --config {config_path}\n",
+        f"  {reeld} submit {there} --pool {POOL} --task text_to_video --prompt 'a red fox' --wait\n"
+        f"  {reeld} watch {there}\n"
+        f"  {reeld} doctor --config {shlex.quote(str(config_path))}\n",
         markup=False,
         soft_wrap=True,
     )

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from daemon.client import ReceivedEvent
-from daemon.config import BrokerConfig
 from daemon.dead_letters import DeadLetter, take_dead_letter
 from daemon.errors import ErrorCode
 from daemon.job import SCHEMA
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.contact_sheet import decode, write_contact_sheet
 from ops.failure import CommandFailedError

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from daemon.config import BrokerConfig
 from daemon.dead_letters import DeadLetter, DeadLetterQueue, rfc3339
 from daemon.errors import ErrorCode, ReeldError
+from daemon.sections import BrokerConfig
 from ops.ages import age_text
 from ops.failure import CommandFailedError, UsageError
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from daemon.config import BrokerConfig
 from daemon.connection import tls_context
 from daemon.errors import ConfigError
+from daemon.sections import BrokerConfig
 from ops.finding import Finding
 
 _AMQPS_PORT = 5671

@@ -7,8 +7,8 @@ import sys
 import time
 
 from daemon.client import EventStream, ReceivedEvent, tell_workers
-from daemon.config import BrokerConfig
 from daemon.errors import UnroutablePublishError
+from daemon.sections import BrokerConfig
 from ops.ages import age_text
 from ops.failure import CommandFailedError
 from ops.fleet import Fleet, hear

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 if TYPE_CHECKING:
-    from daemon.config import BrokerConfig
+    from daemon.sections import BrokerConfig
 
 DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
 
@@ -49,7 +49,10 @@ PoolOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False),
+    # `load_config` says whether it can be read, and ends with another status than wrong usage.
+    typer.Option(
+        "--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False, readable=False
+    ),
 ]
 
 
@@ -65,20 +68,16 @@ class BrokerOptions(NamedTuple):
 
 
 def broker_of(options: BrokerOptions) -> "BrokerConfig":
-    """The broker that the options name. Raises UsageError."""
-    from urllib.parse import urlsplit
-
+    """The broker that the options name. Raises UsageError, and ConfigError for what is in the file with the URL."""
     import pydantic
 
-    from daemon.config import BrokerConfig
+    from daemon.sections import BrokerConfig
     from ops.failure import UsageError
 
     try:
         broker = BrokerConfig(**options._asdict())
-        urlsplit(broker.resolved_url()).port  # noqa: B018 - raises ValueError for what is not a port
     except pydantic.ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
         raise UsageError("\n".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in faults)) from error
-    except ValueError as error:
-        raise UsageError(f"--url: {error}") from error
+    broker.resolved_url()
     return broker

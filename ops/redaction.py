@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from daemon.config import BrokerConfig
+from daemon.broker_url import check_broker_url
 from daemon.errors import ConfigError
+from daemon.sections import BrokerConfig
 
 REMOVED = "[removed]"
 _SHORTEST = 4
-# RabbitMQ's default, which is no secret and half of the words in its log.
-_KNOWN_TO_ALL = ("guest",)
+# RabbitMQ's default and our own name, which are no secrets and half of the words in the logs.
+_KNOWN_TO_ALL = ("guest", "reeld")
 _CREDENTIAL_BYTES = 65_536
+_BETWEEN_PIECES = re.compile(r"[/:?#@\[\]\s]+")
 
 _KEY = r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----"
 _KEY_END = r"-----END [A-Z0-9 ]*PRIVATE KEY-----"
@@ -85,7 +87,7 @@ def known_secrets(broker: BrokerConfig | None) -> set[str]:
     if broker is not None:
         secrets |= _of_url(broker.url)
         with contextlib.suppress(ConfigError):  # what cannot be read cannot be told either
-            secrets |= _of_url(broker.resolved_url())
+            secrets |= _of_url(broker.unchecked_url())
     for name in ("REELD_AMQP_URL", "REELD_BROKER__URL"):
         secrets |= _of_url(os.environ.get(name, ""))
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -93,15 +95,20 @@ def known_secrets(broker: BrokerConfig | None) -> set[str]:
         for path in Path(folder).glob("*"):
             if path.is_file() and path.stat().st_size <= _CREDENTIAL_BYTES:
                 text = path.read_text(errors="replace")
-                secrets |= {text.strip(), *(line.strip() for line in text.splitlines()), *_of_url(text.strip())}
+                secrets |= {text.strip(), *(line.strip() for line in text.splitlines())}
+                if "://" in text:
+                    secrets |= _of_url(text.strip())
     return secrets
 
 
 def _of_url(url: str) -> set[str]:
+    """The password. Of what is no URL of a broker every piece: which of them is the password nobody knows."""
     try:
-        password = urlsplit(url).password
+        check_broker_url(url)
     except ValueError:
-        return set()
+        rest = url.partition("://")[2] or url
+        return {rest, *_BETWEEN_PIECES.split(rest)} - {""}
+    password = urlsplit(url).password
     return {password, unquote(password)} if password else set()
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from daemon.client import EventStream, ReceivedEvent, publish_job
-from daemon.config import BrokerConfig
 from daemon.errors import BrokerUnavailableError, JobError
 from daemon.events import TERMINAL
 from daemon.job import SCHEMA, is_job_id, parse_job_message
+from daemon.sections import BrokerConfig
 from ops.failure import CommandFailedError, JobFailedError, UsageError
 from ops.progress import failure_text, job_display, result_lines
 

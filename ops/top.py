@@ -23,8 +23,8 @@ from rich.live import Live
 from rich.text import Text
 
 from daemon.client import EventStream
-from daemon.config import BrokerConfig
 from daemon.errors import BrokerUnavailableError
+from daemon.sections import BrokerConfig
 from ops.failure import CommandFailedError
 from ops.fleet import Fleet, hear
 from ops.top_frame import Depths, document, frame, lines

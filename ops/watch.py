@@ -9,8 +9,8 @@ import sys
 import tenacity
 
 from daemon.client import EventStream, ReceivedEvent
-from daemon.config import BrokerConfig
 from daemon.errors import BrokerUnavailableError
+from daemon.sections import BrokerConfig
 from ops.progress import describe
 
 

@@ -2,7 +2,8 @@
 
 Owns everything that exists once a process: the bound device, the default group (NCCL, or gloo on CPU) for tensors,
 xfuser's groups (DiffSynth's Wan code asks xfuser for them), the gloo control group for commands, and the store for
-outcomes and health. Leaves out the model (`parallel.model`) and the generation (`parallel.engine`).
+outcomes and health. Leaves out which device that is (`parallel.device`), the model (`parallel.model`) and the
+generation (`parallel.engine`).
 
 With one rank there is no group, and every call here answers at once: the callers are the same.
 """
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import collectives
+from parallel.device import pick_device
 from parallel.groups import GroupTable, join_xfuser
 from parallel.plan import Command, Outcome, decode_command, encode_command
 
@@ -36,10 +38,6 @@ TENSOR_TIMEOUT = timedelta(minutes=30)
 COALESCED_BYTES = 16 * 1024 * 1024
 
 _COMMAND, _JSON = 0, 1
-
-
-class CudaForkedError(RuntimeError):
-    """Raised in a process that was forked from one that had used CUDA: it cannot."""
 
 
 class OutcomesMissingError(Exception):
@@ -245,24 +243,6 @@ class HealthBoard:
                 key = str(rank)
                 records.append(json.loads(self._store.get(key)) if self._store.check([key]) else None)
         return records
-
-
-def pick_device(kind: str, local_rank: int) -> torch.device:
-    """The device of a local rank; `kind` is auto, cpu or cuda.
-
-    Raises ValueError when there is no such GPU, CudaForkedError when this process may not use it.
-    """
-    if kind == "auto" and not torch.cuda.is_available():
-        log.warning("no_gpu", device="cpu", reason='on a box with GPUs set device = "cuda", which does not start then')
-        kind = "cpu"
-    if kind == "cpu":
-        return torch.device("cpu")
-    if torch.cuda._is_in_bad_fork():
-        raise CudaForkedError("this rank was forked from a process that had used CUDA, which does not survive it")
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"no GPU for local rank {local_rank}: {found} found; lower nproc_per_node or set device=cpu")
-    return torch.device("cuda", local_rank)
 
 
 def join(launch: Launch, *, device_kind: str) -> World:

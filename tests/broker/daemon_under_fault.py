@@ -15,8 +15,8 @@ from typing import Any
 import pika
 
 from daemon import client
-from daemon.config import BrokerConfig
 from daemon.events import TERMINAL
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from tests.harness import Worker, job, publish, take, write_config
 from tests.proxy import Proxy

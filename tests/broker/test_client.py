@@ -16,7 +16,6 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon import client
 from daemon.broker_probe import broker_facts
-from daemon.config import BrokerConfig
 from daemon.dead_letters import take_dead_letter
 from daemon.errors import (
     BrokerUnavailableError,
@@ -26,6 +25,7 @@ from daemon.errors import (
     UnroutablePublishError,
 )
 from daemon.events import Event, job_event, worker_event
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.brokers import enter_root
@@ -314,3 +314,99 @@ def _first_line(process: subprocess.Popen[str], url: str, event: Event) -> str:
             else:
                 return line_of(process.stdout)
     raise AssertionError("the watcher never bound its queue")
+
+
+@contextmanager
+def control_queue(url: str) -> Iterator[tuple[BlockingChannel, str]]:
+    """A queue that hears cancels as a worker's does; a test answers in its place."""
+    with channel_on(url) as channel:
+        queue = channel.queue_declare("", exclusive=True).method.queue
+        assert queue is not None
+        channel.queue_bind(queue, TOPOLOGY.control_exchange, "cancel.#")
+        yield channel, queue
+
+
+def noted(job_id: str, worker_id: str, state: str) -> Event:
+    data = {"worker_id": worker_id, "state": state, "remembered_seconds": 86400.0}
+    return job_event("cancel_noted", job_id=job_id, worker_id=worker_id, data=data)
+
+
+def asked(channel: BlockingChannel, queue: str) -> str:
+    """The routing key of the cancel, once it is there; its body is empty."""
+    method, _, body = next(channel.consume(queue, auto_ack=True, inactivity_timeout=20))
+    assert method is not None, "no cancel came"
+    assert body == b""
+    return str(method.routing_key)
+
+
+def test_cancel_prints_the_answer_of_each_worker(settings: BrokerConfig) -> None:
+    """One line a worker: what it knows of the job, and what that means. An id may have dots."""
+    with control_queue(settings.url) as (channel, queue), reeld("cancel", "fox.1", url=settings.url) as process:
+        assert asked(channel, queue) == "cancel.fox.1"
+        send(settings.url, noted("fox.1", "b", "unknown"))
+        send(settings.url, noted("fox.1", "a", "running"))
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    first, second = out.splitlines()
+    assert first.startswith("b: unknown")
+    assert second.startswith("a: running")
+
+
+def test_cancel_says_when_nobody_listens(settings: BrokerConfig) -> None:
+    """No worker is connected: nobody remembers the cancel, so it is an error, with 1."""
+    with reeld("cancel", "fox", url=settings.url) as process:
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert out == ""
+    assert err.startswith("reeld: fox: no worker listens")
+
+
+def test_cancel_says_when_nobody_answers(settings: BrokerConfig) -> None:
+    with control_queue(settings.url), reeld("cancel", "fox", url=settings.url) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    assert "no worker answered in" in err
+
+
+def test_cancel_of_what_is_no_id_is_wrong_usage(settings: BrokerConfig) -> None:
+    with reeld("cancel", "a/b", url=settings.url) as process:
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "a/b" in err
+
+
+@pytest.mark.parametrize(
+    ("state", "end", "status"),
+    [("running", "cancelled", 0), ("unknown", "cancelled", 0), ("finishing", "succeeded", 1), ("running", "failed", 1)],
+)
+def test_cancel_wait_ends_with_the_job(settings: BrokerConfig, state: str, end: str, status: int) -> None:
+    """0 when it ended as cancelled; 1 when the cancel came too late."""
+    arguments = ("cancel", "fox", "--wait", "--timeout", "30")
+    with control_queue(settings.url) as (channel, queue), reeld(*arguments, url=settings.url) as process:
+        asked(channel, queue)
+        send(settings.url, noted("fox", "w", state))
+        send(settings.url, job_event(end, job_id="fox", worker_id="w", data={"result": RESULT}))
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert out.splitlines()[0].startswith(f"w: {state}")
+    assert f"job fox {end}" in (out if status == 0 else err).replace("was ", "")
+
+
+def test_cancel_wait_does_not_wait_for_a_job_that_was_done(settings: BrokerConfig) -> None:
+    with control_queue(settings.url) as (channel, queue), reeld("cancel", "fox", "--wait", url=settings.url) as process:
+        asked(channel, queue)
+        send(settings.url, noted("fox", "w", "succeeded"))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "job fox succeeded" in err
+
+
+def test_cancel_wait_gives_up_after_its_timeout(settings: BrokerConfig) -> None:
+    arguments = ("cancel", "fox", "--wait", "--timeout", "3")
+    with control_queue(settings.url) as (channel, queue), reeld(*arguments, url=settings.url) as process:
+        asked(channel, queue)
+        send(settings.url, noted("fox", "w", "unknown"))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "not ended after 3 s" in err

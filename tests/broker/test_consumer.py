@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
 from daemon.consumer import Consumer
 from daemon.delivery import Delivery
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.harness import publish, take, until

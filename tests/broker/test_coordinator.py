@@ -18,7 +18,7 @@ import pytest
 
 from daemon import client
 from daemon.attempt import RankContext
-from daemon.config import BrokerConfig, Config
+from daemon.config import Config
 from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
 from daemon.delivery import Delivery
@@ -28,6 +28,7 @@ from daemon.health import RankState
 from daemon.job import Job, make_job, parse_job_message
 from daemon.publisher import Publisher
 from daemon.reporter import Reporter
+from daemon.sections import BrokerConfig
 from daemon.stall import StallLimits
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of

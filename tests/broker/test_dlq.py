@@ -16,12 +16,12 @@ import pika
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
 from daemon.copies import REQUEUED_HEADER
 from daemon.dead_letters import DeadLetterQueue
 from daemon.delivery import ATTEMPT_HEADER
 from daemon.errors import ConfigError, PublishError
 from daemon.reporter import TIME_HEADER
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops import dlq
 from ops.dlq import Filters

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig, Config, LimitsConfig, ModelConfig, TopologyConfig
+from daemon.config import Config
+from daemon.sections import BrokerConfig, LimitsConfig, ModelConfig, TopologyConfig
 from daemon.topology import topology_of
 from ops.doctor import table
 from ops.doctor_broker import examine_broker

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.connection import connect
+from daemon.errors import CredentialsError
+from daemon.sections import BrokerConfig
 from ops.private_broker import PrivateBroker
 from tests.broker.daemon_under_fault import TOPOLOGY, daemon_under_fault, prepare_broker
 from tests.harness import job, publish, take
@@ -35,6 +37,16 @@ def restricted(broker: PrivateBroker, vhost: str) -> Iterator[str]:
     api(broker, "PUT", f"/users/{name}", {"password": "secret", "tags": ""})
     api(broker, "PUT", f"/permissions/{vhost.rpartition('/')[2]}/{name}", _documented())
     yield vhost.replace("guest:guest", f"{name}:secret")
+    api(broker, "DELETE", f"/users/{name}")
+
+
+def test_a_user_without_permissions_on_the_virtual_host_is_told_so(broker: PrivateBroker, vhost: str) -> None:
+    """RabbitMQ answers as if it were not there; both are named."""
+    name = f"stranger-{secrets.token_hex(4)}"
+    api(broker, "PUT", f"/users/{name}", {"password": "secret", "tags": ""})
+    with pytest.raises(CredentialsError, match=r"it is not there, or the user has no permissions on it") as caught:
+        connect(BrokerConfig(url=vhost.replace("guest:guest", f"{name}:secret")), name="test")
+    assert "docs/brokers.md" in str(caught.value)
     api(broker, "DELETE", f"/users/{name}")
 
 

@@ -10,11 +10,11 @@ import pytest
 
 import daemon.publisher
 from daemon import client
-from daemon.config import BrokerConfig
 from daemon.connection import connect
 from daemon.errors import FatalError, PublishError
 from daemon.message import Message
 from daemon.publisher import Publisher
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.harness import take

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from tests.broker.daemon_under_fault import AUDIT, TOPOLOGY, DaemonUnderFault, daemon_under_fault, prepare_broker
 from tests.harness import job, take
 from tests.node import Node

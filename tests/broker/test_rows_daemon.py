@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from ops.private_broker import PrivateBroker
 from tests.broker.daemon_under_fault import (
     AUDIT,

@@ -13,7 +13,7 @@ import pika
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from ops.private_broker import PrivateBroker
 from tests.broker.daemon_under_fault import TOPOLOGY, daemon_config
 from tests.harness import Worker
@@ -137,7 +137,12 @@ def test_row_13_a_certificate_of_our_own_that_is_none_is_78(models: Path, tmp_pa
     """What is no certificate and key ends the daemon with 78, and names both files."""
     (tmp_path / "cert.pem").write_text("none")
     broker = f'cert_file = "{tmp_path}/cert.pem"\nkey_file = "{tmp_path}/key.pem"'
-    (line,) = _fatal_lines("amqps://localhost:1/", tmp_path, models, broker=broker, status=78)
+    config = daemon_config(tmp_path, models, broker=f"[broker]\n{broker}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
+    words = [sys.executable, "-m", "ops.cli", "run", "--config", str(config)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    (line,) = done.stderr.splitlines()
     assert "broker.cert_file" in line
     assert "broker.key_file" in line
 

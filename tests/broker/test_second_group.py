@@ -15,7 +15,7 @@ import pika
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from ops.private_broker import PrivateBroker
 from tests.broker.daemon_under_fault import TOPOLOGY, DaemonUnderFault, daemon_under_fault, prepare_broker
 from tests.node import api

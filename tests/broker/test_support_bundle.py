@@ -57,6 +57,7 @@ def test_no_secret_is_in_the_bundle_and_the_rest_is(user_url: str, tmp_path: Pat
         "CREDENTIALS_DIRECTORY": str(credentials),
         "AWS_SECRET_ACCESS_KEY": "planted-variable",
         "REELD_AMQP_URL": "amqp://another:planted-in-variable@127.0.0.1:1/",
+        "REELD_BROKER__URL_FILE": str(tmp_path / "amqp-url"),
         "NCCL_DEBUG": "WARN",
     }
     archive = tmp_path / "bundle.tar.gz"
@@ -113,3 +114,28 @@ def test_a_broken_configuration_and_no_broker_still_give_a_bundle(tmp_path: Path
     again = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 1
     assert "File exists" in again.stderr
+
+
+def test_a_url_that_is_cut_wrongly_leaves_nothing_in_the_bundle(tmp_path: Path) -> None:
+    """A password with an unescaped / is in no file of the archive, and not in one that a library wrote it into."""
+    (tmp_path / "amqp-url").write_text("amqp://u:S3cretPart/w0rd@host:5672/")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "rank-0.jsonl").write_text('{"trace": "ValueError: Port could not be cast to integer: \'S3cretPart\'"}\n')
+    config = tmp_path / "reeld.toml"
+    config.write_text(
+        f'[broker]\nurl_file = "{tmp_path}/amqp-url"\n[log]\ndirectory = "{logs}"\n'
+        '[[models]]\nprofile = "tiny-t2v"\npath = "/nowhere"\n'
+    )
+    archive = tmp_path / "bundle.tar.gz"
+    command = [sys.executable, "-m", "ops.cli", "support-bundle", "--config", str(config), "--output", str(archive)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(archive) as opened:
+        content = {member.name: opened.extractfile(member) for member in opened.getmembers()}
+        text = {name: file.read().decode() for name, file in content.items() if file is not None}
+    for secret in ("S3cretPart", "w0rd"):
+        assert not [name for name, each in text.items() if secret in each]
+    (not_gathered,) = (each for name, each in text.items() if name.endswith("not-gathered.txt"))
+    assert "broker.url_file" in not_gathered

@@ -10,7 +10,7 @@ import pika
 import pytest
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 
 

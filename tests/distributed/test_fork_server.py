@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,15 @@ import pytest
 from daemon.rank_processes import fork_server_process
 from ops.local_daemons import LocalDaemon, find_daemon
 from tests.harness import Ear, Worker, idle, job, publish, write_config
+
+# NVML, as far as torch asks it: it tells of one GPU, but only those who were forked from who loaded it.
+_NVML = """
+#include <unistd.h>
+static pid_t loaded_by;
+__attribute__((constructor)) static void load(void) { loaded_by = getpid(); }
+int nvmlInit(void) { return getpid() == loaded_by; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
+"""
 
 
 @pytest.fixture
@@ -109,12 +120,32 @@ def test_ranks_that_import_for_themselves(vhost: str, ear: Ear, models: Path, tm
         worker.end()
 
 
-def test_a_fork_server_that_has_used_cuda_is_done_without(vhost: str, models: Path, tmp_path: Path) -> None:
-    """Where torch cannot count the GPUs by NVML, its imports ask CUDA, and forked ranks may not use it. They say so,
-    and the next ones import for themselves: those then find that this machine has no GPU."""
+def test_a_box_without_a_gpu_is_no_fault_of_the_fork_server(vhost: str, models: Path, tmp_path: Path) -> None:
+    """Its imports ask CUDA here as well, but there is nothing that a second start could find."""
     config = write_config(tmp_path, models, nproc=1)
     config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda"'))
     worker = Worker(config, vhost, tmp_path)
+    try:
+        assert worker.process.wait(120) == 78
+        events = [line["event"] for line in worker.logs()]
+        assert "cuda_forked" not in events
+        assert events.count("starting_ranks") == 1
+        assert any("no GPU for local rank 0: 0 found" in line.get("reason", "") for line in worker.logs())
+    finally:
+        worker.end()
+
+
+def test_a_fork_server_that_has_used_cuda_is_done_without(vhost: str, models: Path, tmp_path: Path) -> None:
+    """Where torch could not count the GPUs by NVML its imports asked CUDA, and forked ranks may not use the GPU that is
+    there. They say so, and the next ones import for themselves: those then find that this machine has no GPU."""
+    config = write_config(tmp_path, models, nproc=1)
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda"'))
+    (tmp_path / "nvml.c").write_text(_NVML)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    reeld = Path(sys.executable).parent / "reeld"
+    command = ["env", f"LD_LIBRARY_PATH={tmp_path}", str(reeld), "run", "--config", str(config)]
+    worker = Worker(config, vhost, tmp_path, command=command)
     try:
         assert worker.process.wait(120) == 78
         events = [line["event"] for line in worker.logs()]

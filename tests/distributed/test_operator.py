@@ -160,6 +160,27 @@ def test_stacks_of_a_rank_that_hangs_in_c_with_the_gil_held(running: Running) ->
     assert "there are: pid" in running.reeld("stacks", "nobody", status=1).stderr
 
 
+def test_cancel_ends_a_running_job(running: Running) -> None:
+    """The worker answers that it runs, and `--wait` ends with 0 once the job is cancelled. Asked again, it knows no
+    such job; of one that was done before it says so."""
+    message = job(parameters={**LONG, "num_inference_steps": 200})
+    job_id = message["job_id"]
+    publish(running.url, message)
+    running.ear.wait(
+        lambda seen: seen.routing_key == f"job.{job_id}.progress" and seen.data["phase"] == "denoise",
+        worker=running.worker,
+    )
+    first, last = running.reeld("cancel", job_id, "--wait", "--timeout", "60").stdout.splitlines()
+    assert first.startswith("tester: running")
+    assert last == f"job {job_id} was cancelled"
+    assert running.ear.terminal(job_id, worker=running.worker).name == "cancelled"
+    assert running.reeld("cancel", job_id).stdout.startswith("tester: unknown")
+    done = job()
+    publish(running.url, done)
+    assert running.ear.terminal(done["job_id"], worker=running.worker).name == "succeeded"
+    assert running.reeld("cancel", done["job_id"]).stdout.startswith("tester: succeeded")
+
+
 def test_drain_says_who_does_not_listen(running: Running) -> None:
     done = running.reeld("drain", "nobody", status=1)
     assert "nobody: no such worker listens" in done.stderr

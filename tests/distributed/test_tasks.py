@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from daemon.config import InputsConfig
 from daemon.media import stage_audio, stage_video
+from daemon.sections import InputsConfig
 from tests.distributed.launch import run_module, run_reference
 
 EVERYTHING = os.environ.get("REELD_EVERY_TASK") == "1"

@@ -16,7 +16,7 @@ from typing import Any
 import pika
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from tests.harness import Worker, publish, write_config
 from tests.node import Node

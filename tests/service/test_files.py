@@ -45,7 +45,7 @@ def test_the_target_is_all_instances(machine: Machine) -> None:
 
 
 def test_an_enabled_instance_starts_with_the_box(tmp_path: Path) -> None:
-    """`systemctl enable reeld@POOL` is enough: nobody enables the target as well. The target still has it, too."""
+    """`systemctl enable reeld@INSTANCE` is enough: nobody enables the target as well. The target still has it, too."""
     units = tmp_path / "usr/lib/systemd/system"
     units.mkdir(parents=True)
     for name in ("reeld@.service", "reeld.target"):
@@ -101,7 +101,10 @@ def test_a_check_by_root_takes_nothing_from_the_units_user(machine: Machine) -> 
         machine.run(*check)
         refused = machine.run("runuser", "-u", "reeld", "--", *check, check=False)
         assert refused.returncode == 78
-        assert refused.stderr == "reeld: /var/lib/reeld/checked/output: not writable: Permission denied\n"
+        assert refused.stderr.splitlines() == [
+            "reeld: output.directory: /var/lib/reeld/checked/output: not writable: Permission denied",
+            "reeld: work_directory: /var/lib/reeld/checked/work: not writable: Permission denied",
+        ]
         doctor = machine.run("env", "COLUMNS=200", reeld, "doctor", "--config", "/etc/reeld/checked.toml", check=False)
         assert "the service's user, reeld, cannot write to /var/lib/reeld/checked/output" in doctor.stdout
     finally:

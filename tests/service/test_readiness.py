@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from daemon import client
-from daemon.config import BrokerConfig
+from daemon.sections import BrokerConfig
 from tests.harness import Worker, job, publish, write_config
 from tests.service.running import TOPOLOGY, Service
 

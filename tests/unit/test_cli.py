@@ -1,11 +1,13 @@
 """The `reeld` command without a broker: its words, its exit statuses, and what it says of mistakes."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,17 @@ from daemon.errors import (
 from daemon.events import job_event, worker_event
 from daemon.job import is_job_id, parse_job_message
 from ops.asyncapi import asyncapi_document
+from ops.cli import app
+from ops.default_url import names_default_url
 from ops.failure import JobFailedError, UsageError, report
+from ops.options import DEFAULT_URL
 from ops.progress import describe, result_lines
 from ops.submission import build_document, image_uri, new_job_id
 from ops.watch import line, routing_keys
 from parallel.tasks import TASKS
 
 DEAD_BROKER = "amqp://user:secret@127.0.0.1:1/%2F"
+CUT_URL = "amqp://u:S3cretPart/w@host:5672/"
 
 
 def reeld(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +71,20 @@ def test_help_starts_fast_and_names_every_command_and_exit_status() -> None:
     done = reeld("--help")
     assert done.returncode == 0
     assert time.monotonic() - begun < 5  # a machine under load; the test below is the sharp one
-    for word in ("run", "submit", "watch", "topology", "doctor", "schema", "tiny-model", "demo", "top", "drain", "dlq"):
+    for word in (
+        "run",
+        "submit",
+        "watch",
+        "topology",
+        "doctor",
+        "schema",
+        "tiny-model",
+        "demo",
+        "top",
+        "drain",
+        "cancel",
+        "dlq",
+    ):
         assert f" {word} " in done.stdout
     for status in ("0 all went well", "3 the job failed", "75 the broker", "77 the broker", "78 the config"):
         assert status in " ".join(done.stdout.split())
@@ -93,6 +112,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         "topology check",
         "top",
         "drain",
+        "cancel",
         "stacks",
         "support-bundle",
         "dlq list",
@@ -133,6 +153,17 @@ def test_a_missing_configuration_file_is_one_line() -> None:
     assert "/nowhere/reeld.toml" in one_line(done)
 
 
+def test_a_configuration_file_that_cannot_be_read_is_78(config_file: Path) -> None:
+    """The unit does not start again what ends with 78; 2, wrong usage, it would."""
+    config_file.chmod(0)
+    command = [sys.executable, "-m", "ops.cli", "run", "--config", str(config_file)]
+    if os.geteuid() == 0:  # who reads every file unless these are taken
+        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78, done.stderr
+    assert f"{config_file}: Permission denied" in one_line(done)
+
+
 def test_topology_plan_needs_no_broker(config_file: Path) -> None:
     done = reeld("topology", "plan", "--config", str(config_file))
     assert done.returncode == 0
@@ -159,6 +190,7 @@ def test_an_unreachable_broker_is_one_line_without_the_password(command: str, co
         (["--pool", "p", "--file", "-"], "not JSON"),
         (["--pool", "p", "--prompt", "x", "--url", "http://broker"], "--url"),
         (["--pool", "p", "--prompt", "x", "--url", "amqp://broker:many"], "--url"),
+        (["--pool", "p", "--prompt", "x", "--url", CUT_URL], "--url: Value error, "),
         (["--pool", "p", "--prompt", "x", "--job-id", "a/b"], "job_id"),
     ],
 )
@@ -167,12 +199,41 @@ def test_wrong_usage_of_submit_is_one_line_and_status_2(arguments: list[str], sa
     done = reeld("submit", *arguments, stdin="{not json")
     assert done.returncode == 2
     assert said in one_line(done)
+    assert "S3cretPart" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "run --check", "topology check", "doctor", "watch --url-file"])
+def test_a_url_file_that_is_cut_wrongly_never_shows_its_password(command: str, config_file: Path) -> None:
+    """A password with an unescaped / is a fault of the configuration that names the file, and shows none of it."""
+    secret = config_file.with_name("url")
+    secret.write_text(CUT_URL)
+    config_file.write_text(config_file.read_text().replace(f'url = "{DEAD_BROKER}"', f'url_file = "{secret}"'))
+    option = [str(secret)] if command.startswith("watch") else ["--config", str(config_file)]
+    done = reeld(*command.split(), *option, COLUMNS="500")
+    assert done.returncode == (1 if command == "doctor" else 78), done.stderr
+    said = done.stdout + done.stderr
+    assert f"broker.url_file: {secret}" in said
+    assert "percent-encode" in said
+    assert "S3cretPart" not in said
 
 
 def test_schema_job_is_the_schema_the_daemon_validates_with() -> None:
     schema = json.loads(reeld("schema", "job").stdout)
     assert schema["$schema"].endswith("2020-12/schema")
     assert schema["properties"]["task"]["enum"] == list(TASKS)
+
+
+def test_schema_config_is_the_schema_of_the_configuration() -> None:
+    schema = json.loads(reeld("schema", "config").stdout)
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert schema["required"] == ["models"]
+    assert schema["$defs"]["OutputConfig"]["properties"]["crf"]["maximum"] == 51
+
+
+def test_markdown_is_of_the_configuration_alone() -> None:
+    done = reeld("schema", "job", "--markdown")
+    assert done.returncode == 2
+    assert "config" in one_line(done)
 
 
 def test_asyncapi_has_no_dangling_reference() -> None:
@@ -196,6 +257,45 @@ def test_doctor_reports_each_fault_with_a_fix(config_file: Path) -> None:
     assert "start the broker" in done.stdout
     assert "put the file there" in done.stdout
     assert "ffmpeg version" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "hinted"),
+    [
+        ({"url": DEFAULT_URL, "url_file": None}, True),
+        ({"url": DEFAULT_URL, "url_file": None, "config": None}, True),
+        ({"url": DEAD_BROKER, "url_file": None}, False),
+        ({"url": DEFAULT_URL, "url_file": Path("/url")}, False),
+        ({"url": DEFAULT_URL, "url_file": None, "config": Path("/reeld.toml")}, False),
+    ],
+)
+def test_who_gave_no_url_is_told_which_one_was_taken(options: dict[str, object], hinted: bool) -> None:
+    """Nobody listens at the default, and the error says that it is the default; any other error is as it was."""
+
+    @names_default_url
+    def command(**_: object) -> None:
+        raise BrokerUnavailableError("refused")
+
+    with pytest.raises(BrokerUnavailableError) as caught:
+        command(**options)
+    first, *rest = str(caught.value).splitlines()
+    assert first == "refused"
+    assert bool(rest) == hinted
+    assert all("REELD_AMQP_URL" in text for text in rest)
+
+
+def test_every_command_that_has_a_default_url_names_it() -> None:
+    """All commands with --url and --url-file have the hint; their options are still their own."""
+    found = [each for each in commands() if {"url", "url_file"} <= set(inspect.signature(each).parameters)]
+    assert len(found) == 9
+    assert all(hasattr(each, "__wrapped__") for each in found)
+
+
+def commands() -> list[Callable[..., object]]:
+    """The functions behind `reeld`'s commands and those of its groups."""
+    groups = [app, *(each.typer_instance for each in app.registered_groups)]
+    registered = [each.callback for group in groups if group is not None for each in group.registered_commands]
+    return [each for each in registered if each is not None]
 
 
 def test_job_ids_are_valid_version_7_uuids_that_sort_by_time() -> None:

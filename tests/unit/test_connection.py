@@ -12,9 +12,9 @@ import pika
 import pika.adapters.utils.io_services_utils
 import pytest
 
-from daemon.config import BrokerConfig
 from daemon.connection import backoff_seconds, connect
-from daemon.errors import BrokerUnavailableError
+from daemon.errors import BrokerUnavailableError, ConfigError
+from daemon.sections import BrokerConfig
 
 pytestmark = pytest.mark.usefixtures("pikas_sockets")
 
@@ -105,6 +105,21 @@ def test_a_broker_that_says_nothing_is_unavailable() -> None:
         with pytest.raises(BrokerUnavailableError, match="StackTimeout"):
             connect(broker, name="test")
         closed.set()
+
+
+def test_a_name_that_does_not_resolve_is_said() -> None:
+    """The host is named in words, not by a number of the resolver's; it may be there later."""
+    with pytest.raises(BrokerUnavailableError, match=r"the name nowhere\.invalid does not resolve"):
+        connect(BrokerConfig(url="amqp://u:p@nowhere.invalid/", connect_timeout_seconds=20), name="test")
+
+
+@pytest.mark.parametrize(
+    "query", ["heartbeat=soon", "colour=red", "client_properties=f(", "ssl_options=1", "heartbeat=1&heartbeat=2"]
+)
+def test_a_parameter_of_the_url_that_means_nothing_is_a_fault_of_the_configuration(query: str) -> None:
+    """It will not pass, so it is not tried again."""
+    with pytest.raises(ConfigError, match="behind the \\?"):
+        connect(BrokerConfig(url=f"amqp://u:p@127.0.0.1:1/?{query}"), name="test")
 
 
 def test_silence_is_noticed_soon_after_the_heartbeat() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from daemon.config import InputsConfig
 from daemon.errors import ErrorCode, PermanentJobError, TransientJobError
 from daemon.inputs import stage_image
+from daemon.sections import InputsConfig
 from tests.pictures import png_header
 
 FIELD = "inputs.input_image"

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from daemon.config import LoraConfig
 from daemon.errors import ConfigError, PermanentJobError
+from daemon.faults import Faults
 from daemon.job import Lora
 from daemon.loras import check_loras, resolve_loras
+from daemon.sections import LoraConfig
 from parallel.layouts import Layout
 from parallel.lora_layout import LoraError, match_lora
 from tests.unit.layouts import write_sparse
@@ -122,9 +123,11 @@ def test_a_job_is_refused_by_the_field(
 
 
 def test_what_is_configured_is_checked_at_start(tmp_path: Path) -> None:
-    """A configured file that is not there, or is no safetensors file, is a configuration error."""
-    with pytest.raises(ConfigError, match="no such file"):
-        check_loras([LoraConfig(name="a", path=tmp_path / "none.safetensors")])
+    """A configured file that is not there, or is no safetensors file, is a configuration error; one hides no other."""
     (tmp_path / "b.safetensors").write_text(json.dumps({"a": math.pi}))
-    with pytest.raises(ConfigError, match=r"loras: b: .*not a safetensors file"):
-        check_loras([LoraConfig(name="b", path=tmp_path / "b.safetensors")])
+    faults = Faults()
+    check_loras([LoraConfig(name=name, path=tmp_path / f"{name}.safetensors") for name in ("a", "b")], faults)
+    with pytest.raises(
+        ConfigError, match=r"^loras\.0\.path: .*: no such file or directory\nloras\.1\.path: .*not a safetensors file"
+    ):
+        faults.raise_all()

@@ -15,9 +15,9 @@ import pytest
 from diffsynth.utils.data import VideoData
 from PIL import Image
 
-from daemon.config import InputsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.media import stage_audio, stage_video
+from daemon.sections import InputsConfig
 
 FIELD = "inputs.input_video"
 

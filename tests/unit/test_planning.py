@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
-from daemon.config import LimitsConfig
 from daemon.errors import ErrorCode, PermanentJobError
 from daemon.job import Inputs, Job, Parameters, TaskName, make_job, parse_job_message
 from daemon.planning import Draft, draft_plan
+from daemon.sections import LimitsConfig
 from parallel.profile import ModelProfile, load_profile
 from parallel.tasks import INPUT_KINDS, TASK_PARAMETERS, TASKS
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from daemon.config import StallConfig
 from daemon.health import PULSE_BYTES, Pulse, RankState, RecordAges, pulse_path
 from daemon.launcher import RestartPolicy
+from daemon.sections import StallConfig
 from daemon.stall import StallLimits, find_stall, own_stacks, parse_stacks
 
 CONFIG = StallConfig(floor_seconds=5, multiple=10, denoise_seconds=100, stage_seconds=50)
