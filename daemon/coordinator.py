@@ -7,7 +7,6 @@ which are passed in.
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from daemon.errors import (
     TransientJobError,
 )
 from daemon.finisher import Finisher, Generated
-from daemon.job import JOB_ID_PATTERN, Job, make_job, parse_job_message
+from daemon.job import Job, is_job_id, make_job, parse_job_message
 from daemon.logs import finish_logs
 from daemon.loras import resolve_loras
 from daemon.measurements import SILENT, Measurements
@@ -114,7 +113,7 @@ class Coordinator:
             self.drain(DRAINED_BY_MESSAGE)
 
     def _cancel(self, job_id: str) -> None:
-        if not re.fullmatch(JOB_ID_PATTERN, job_id):
+        if not is_job_id(job_id):
             log.warning("cancel_ignored", job_id=job_id[:200], reason="no job can have this id")
             return
         # What runs is asked before it can hear of the cancel.

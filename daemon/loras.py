@@ -21,11 +21,12 @@ def check_loras(configured: Sequence[LoraConfig], faults: Faults) -> None:
     for index, lora in enumerate(configured):
         where = f"loras.{index}.path"
         try:
-            with faults.at(where, LayoutError):
-                if lora.path.is_file():
-                    read_layout(lora.path)
-                elif not lora.path.is_dir():
-                    faults.add(where, f"{lora.path}: no such file or directory")
+            if lora.path.is_file():
+                read_layout(lora.path)
+            elif not lora.path.is_dir():
+                faults.add(where, f"{lora.path}: no such file or directory")
+        except LayoutError as error:
+            faults.add(where, str(error))
         except OSError as error:
             faults.add(where, f"{lora.path}: {error.strerror}")
 

@@ -16,6 +16,7 @@ from ops.options import (
     BrokerOptions,
     CaFileOption,
     CertFileOption,
+    ConfigOption,
     KeyFileOption,
     PoolOption,
     PrefixOption,
@@ -46,6 +47,7 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many, t
 AllOption = Annotated[bool, typer.Option("--all", help="All of them; needed when no filter is given.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+TimeoutOption = Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits.")]
 
 
 @dlq_app.command("list")
@@ -238,7 +240,7 @@ def drain(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every worker that is heard.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Until they have stopped.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits.")] = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Ask workers to finish the job in hand and stop, over the broker. They end with 0, and stay stopped.
 
@@ -276,7 +278,7 @@ def cancel(
         typer.Option("--config", "-c", help="reeld's TOML file: its broker.", show_default=False, readable=False),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Until the job has ended.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits.")] = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """End a job, running or queued, of any pool. It is no dead letter; its publisher hears `cancelled`.
 
@@ -318,12 +320,7 @@ def stacks(
 
 
 def support_bundle(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", envvar="REELD_CONFIG", help="reeld's TOML file.", show_default=False, readable=False
-        ),
-    ] = None,
+    config: ConfigOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = None,
     since: Annotated[str, typer.Option(help="How far back the journal goes, as journalctl has it.")] = "-2h",
     torch: Annotated[bool, typer.Option("--torch", help="Also ask torch for GPUs, NCCL and kernels (slow).")] = False,

@@ -71,7 +71,8 @@ def build(source: Path, target: Path, *, python: Path, wheels: Sequence[Path] = 
         for name in _FILES:
             shutil.copy(source / name, folder)
         _uv("pip", "install", *into, "--no-deps", "--no-build-isolation", folder)
-    add_wheels(partial, wheels)
+    if wheels:  # without what they ask for: the lock stays as it is
+        _uv("pip", "install", *into, "--no-deps", "--no-index", *map(str, wheels))
     shutil.copytree(source / "docs", partial / "share" / "doc" / "reeld")
     # The unit may not write here: without the compiled files each start would compile some thousand modules anew.
     compiling = [str(partial / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(partial / "lib")]
@@ -79,13 +80,6 @@ def build(source: Path, target: Path, *, python: Path, wheels: Sequence[Path] = 
     # Files come with the modes that they have in the checkout and in uv's cache, where somebody's umask has made them.
     subprocess.run(["chmod", "-R", "u=rwX,go=rX", str(partial)], check=True)
     partial.rename(target)
-
-
-def add_wheels(environment: Path, wheels: Sequence[Path]) -> None:
-    """Installs the box's own wheels, without what they ask for: the lock stays as it is. Raises CommandFailedError."""
-    if wheels:
-        into = ("--quiet", "--python", str(environment / "bin" / "python"))
-        _uv("pip", "install", *into, "--no-deps", "--no-index", *map(str, wheels))
 
 
 def _uv(*arguments: str) -> None:

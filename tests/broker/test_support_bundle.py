@@ -29,6 +29,14 @@ def user_url(broker: PrivateBroker, vhost: str) -> str:
     return vhost.replace("guest:guest@", f"user-{name}:{QUOTED}@")
 
 
+def _bundle(config: Path, archive: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the real command, with no REELD_ variable but the given ones."""
+    command = [sys.executable, "-m", "ops.cli", "support-bundle", "--config", str(config), "--output", str(archive)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
+    environment = {**clean, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 def test_no_secret_is_in_the_bundle_and_the_rest_is(user_url: str, tmp_path: Path) -> None:
     """Planted: the URL's password in a file and in logs, other variables, systemd's credentials, a TLS key."""
     logs, credentials = tmp_path / "logs", tmp_path / "credentials"
@@ -53,7 +61,6 @@ def test_no_secret_is_in_the_bundle_and_the_rest_is(user_url: str, tmp_path: Pat
     )
     client.apply_on(load_config(config).broker, topology_of(load_config(config)))
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("REELD_")},
         "CREDENTIALS_DIRECTORY": str(credentials),
         "AWS_SECRET_ACCESS_KEY": "planted-variable",
         "REELD_AMQP_URL": "amqp://another:planted-in-variable@127.0.0.1:1/",
@@ -61,14 +68,7 @@ def test_no_secret_is_in_the_bundle_and_the_rest_is(user_url: str, tmp_path: Pat
         "NCCL_DEBUG": "WARN",
     }
     archive = tmp_path / "bundle.tar.gz"
-    done = subprocess.run(
-        [sys.executable, "-m", "ops.cli", "support-bundle", "--config", str(config), "--output", str(archive)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = _bundle(config, archive, **environment)
     assert (done.returncode, done.stdout) == (0, f"{archive}\n"), done.stderr
     assert stat.S_IMODE(archive.stat().st_mode) == 0o600
 
@@ -102,16 +102,14 @@ def test_a_broken_configuration_and_no_broker_still_give_a_bundle(tmp_path: Path
     config = tmp_path / "reeld.toml"
     config.write_text("bogus = 1\n")
     archive = tmp_path / "bundle.tar.gz"
-    command = [sys.executable, "-m", "ops.cli", "support-bundle", "--config", str(config), "--output", str(archive)]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
+    done = _bundle(config, archive)
     assert done.returncode == 0, done.stderr
     with tarfile.open(archive) as opened:
         (member,) = (each for each in opened.getmembers() if each.name.endswith("configuration-faults.txt"))
         file = opened.extractfile(member)
         assert file is not None
         assert b"bogus" in file.read()
-    again = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
+    again = _bundle(config, archive)
     assert again.returncode == 1
     assert "File exists" in again.stderr
 
@@ -128,9 +126,7 @@ def test_a_url_that_is_cut_wrongly_leaves_nothing_in_the_bundle(tmp_path: Path) 
         '[[models]]\nprofile = "tiny-t2v"\npath = "/nowhere"\n'
     )
     archive = tmp_path / "bundle.tar.gz"
-    command = [sys.executable, "-m", "ops.cli", "support-bundle", "--config", str(config), "--output", str(archive)]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
+    done = _bundle(config, archive)
     assert done.returncode == 0, done.stderr
     with tarfile.open(archive) as opened:
         content = {member.name: opened.extractfile(member) for member in opened.getmembers()}
