@@ -20,6 +20,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from daemon.connection import LOST, Connection, connect_with_backoff
 from daemon.delivery import Delivery, read_delivery
 from daemon.errors import ConfigError, FatalError
+from daemon.events import heartbeat_key
 from daemon.measurements import SILENT, Measurements
 from daemon.sections import BrokerConfig
 from daemon.topology import Topology
@@ -37,6 +38,7 @@ class Consumer:
     `prepare(connection)` runs after each connect, before consuming; it may raise ConfigError.
     Until this worker has consumed, in this process or (`served_before`) in one before it, a refusal is final;
     `on_first_consuming` tells when it has.
+    `on_heartbeat` gets every heartbeat under this worker's id, its own too; without it none is asked for.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Consumer:
         worker_id: str,
         prepare: Callable[[Connection], None],
         on_control: Callable[[str], None],
+        on_heartbeat: Callable[[bytes], None] | None = None,
         patience_seconds: float = 60.0,
         served_before: bool = False,
         on_first_consuming: Callable[[], None] = lambda: None,
@@ -57,6 +60,7 @@ class Consumer:
         self._worker_id = worker_id
         self._prepare = prepare
         self._on_control = on_control
+        self._on_heartbeat = on_heartbeat
         self._patience = patience_seconds
         self._measurements = measurements
         self._connection: Connection | None = None
@@ -240,6 +244,8 @@ class Consumer:
         control = channel.queue_declare("", exclusive=True, auto_delete=True).method.queue
         for key in ("cancel.#", f"drain.{self._worker_id}"):
             channel.queue_bind(control, self._topology.control_exchange, routing_key=key)
+        if self._on_heartbeat is not None:
+            channel.queue_bind(control, self._topology.status_exchange, routing_key=heartbeat_key(self._worker_id))
         channel.basic_consume(control, self._on_control_message, auto_ack=True)
         return channel
 
@@ -283,8 +289,11 @@ class Consumer:
         self._in_hand.add((self._generation, method.delivery_tag))
         self.deliveries.put(read_delivery(method, properties, body, generation=self._generation))
 
-    def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, _body: bytes) -> None:
-        self._on_control(method.routing_key)
+    def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, body: bytes) -> None:
+        if method.exchange == self._topology.control_exchange:
+            self._on_control(method.routing_key)
+        elif self._on_heartbeat is not None:
+            self._on_heartbeat(body)
 
     def _on_cancel(self, _frame: Any) -> None:
         self._cancelled_by_broker = True

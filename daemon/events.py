@@ -53,6 +53,11 @@ def worker_event(name: str, *, worker_id: str, data: dict[str, Any]) -> Event:
     return _event(f"worker.{worker_id}.{name}", f"reeld.worker.{name}", worker_id, worker_id, data, None, {})
 
 
+def heartbeat_key(worker_id: str) -> str:
+    """The routing key of a worker's heartbeats."""
+    return f"worker.{worker_id}.heartbeat"
+
+
 def now() -> str:
     """Now as RFC 3339 in UTC, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

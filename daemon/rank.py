@@ -27,6 +27,7 @@ from daemon.health import HealthThread, Pulse, RankState, pulse_path
 from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, WARM_UP_MARK, finish_logs, leave_mark
 from daemon.measurements import Measurements
 from daemon.models import check_models
+from daemon.presence import Presence
 from daemon.publisher import Publisher
 from daemon.rank_processes import LAUNCHER_VARIABLE
 from daemon.reporter import Reporter
@@ -164,6 +165,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     measurements = Measurements(Path(runtime) if runtime else None)
     publisher = Publisher(config.broker, worker_id=config.worker_id, measurements=measurements)
     reporter = Reporter(publisher, topology, worker_id=config.worker_id)
+    presence = Presence(config.worker_id)
     begun = time.time()
     about = {
         "pool": config.pool_name,
@@ -184,6 +186,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         worker_id=config.worker_id,
         prepare=lambda connection: prepare_topology(connection, topology, apply=config.topology.apply),
         on_control=on_control,
+        on_heartbeat=presence.hear,
         patience_seconds=config.topology.patience_seconds,
         served_before=served is not None and served.exists(),
         on_first_consuming=partial(leave_mark, served) if served is not None else lambda: None,
@@ -196,6 +199,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
             "heartbeat",
             {
                 **about,
+                **presence.identity,
                 "state": own["state"],
                 "job_id": own.get("job_id"),
                 "consumer": consumer.status,

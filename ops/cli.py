@@ -13,20 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from ops import commands_bench, commands_operator, commands_service
-from ops.default_url import names_default_url
-from ops.options import (
-    DEFAULT_URL,
-    BrokerOptions,
-    CaFileOption,
-    CertFileOption,
-    ConfigOption,
-    KeyFileOption,
-    PoolOption,
-    PrefixOption,
-    UrlFileOption,
-    UrlOption,
-    broker_of,
-)
+from ops.broker_options import BrokerChoice, takes_broker, takes_pool
+from ops.options import ConfigOption, PrefixOption
 
 EPILOG = """
 Exit statuses: 0 all went well; 1 something failed; 2 wrong usage; 3 the job failed or was cancelled;
@@ -85,15 +73,9 @@ def run(
 
 
 @app.command()
-@names_default_url
+@takes_pool
 def submit(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    pool: PoolOption = None,
+    choice: BrokerChoice,
     file: Annotated[
         str | None,
         typer.Option("--file", "-f", metavar="JOB.json", help="A job as JSON, - for stdin; other options win over it."),
@@ -143,8 +125,7 @@ def submit(
     from ops import submission
     from ops.failure import UsageError
 
-    if pool is None:
-        raise UsageError("give the worker's pool with --pool or REELD_POOL")
+    pool = choice.pool()
     base = {} if file is None else submission.read_document(file)
     if file is None and prompt is None:
         raise UsageError("give --prompt, or a whole job with --file")
@@ -169,19 +150,14 @@ def submit(
             "time_limit_seconds": time_limit,
         },
     )
-    broker = broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix))
+    broker = choice.broker()
     submission.submit(broker, pool, document, validate=validate, wait=wait, timeout_seconds=timeout)
 
 
 @app.command()
-@names_default_url
+@takes_broker
 def watch(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
+    choice: BrokerChoice,
     job: Annotated[str | None, typer.Option(metavar="ID", help="Only this job's events.")] = None,
     worker: Annotated[bool, typer.Option("--worker", help="Only the workers' events, heartbeats included.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The events as they are, one JSON object a line.")] = False,
@@ -198,7 +174,7 @@ def watch(
     """
     from ops import watch as command
 
-    broker = broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix))
+    broker = choice.broker()
     command.watch(broker, command.routing_keys(job, worker=worker), as_json=as_json)
 
 

@@ -10,23 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops.default_url import names_default_url
-from ops.options import (
-    DEFAULT_URL,
-    BrokerOptions,
-    CaFileOption,
-    CertFileOption,
-    ConfigOption,
-    KeyFileOption,
-    PoolOption,
-    PrefixOption,
-    UrlFileOption,
-    UrlOption,
-    broker_of,
-)
+from ops.broker_options import BrokerChoice, takes_broker, takes_pool
+from ops.options import ConfigOption
 
 if TYPE_CHECKING:
-    from daemon.sections import BrokerConfig
     from ops.dlq import Filters
 
 # `reeld@INSTANCE.service` reads INSTANCE.toml there, with REELD_INSTANCE set.
@@ -34,12 +21,6 @@ _UNITS_FOLDER = Path("/etc/reeld")
 
 dlq_app = typer.Typer(help="List, show, requeue or drop the jobs that could not be done.", no_args_is_help=True)
 
-ConfigInstead = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", help="reeld's TOML file: broker and pool as it says.", show_default=False, readable=False
-    ),
-]
 CodesOption = Annotated[list[str] | None, typer.Option("--code", help="Only with this error code; repeatable.")]
 JobIdsOption = Annotated[list[str] | None, typer.Option("--job-id", help="Only this job; repeatable.")]
 OlderOption = Annotated[str | None, typer.Option("--older-than", metavar="AGE", help="Only older: 90s, 15m, 2h, 7d.")]
@@ -51,16 +32,9 @@ TimeoutOption = Annotated[float | None, typer.Option(metavar="SECONDS", help="Ho
 
 
 @dlq_app.command("list")
-@names_default_url
+@takes_pool
 def dlq_list(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    pool: PoolOption = None,
-    config: ConfigInstead = None,
+    choice: BrokerChoice,
     code: CodesOption = None,
     job_id: JobIdsOption = None,
     older_than: OlderOption = None,
@@ -77,22 +51,13 @@ def dlq_list(
     """
     from ops import dlq
 
-    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
-    broker, name = _pool_of(options, pool, config)
-    dlq.list_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
+    dlq.list_letters(choice.broker(), choice.pool(), _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
 @dlq_app.command("show")
-@names_default_url
+@takes_pool
 def dlq_show(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    pool: PoolOption = None,
-    config: ConfigInstead = None,
+    choice: BrokerChoice,
     code: CodesOption = None,
     job_id: JobIdsOption = None,
     older_than: OlderOption = None,
@@ -109,22 +74,13 @@ def dlq_show(
     """
     from ops import dlq
 
-    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
-    broker, name = _pool_of(options, pool, config)
-    dlq.show_letters(broker, name, _filters(code, job_id, older_than, limit), as_json=as_json)
+    dlq.show_letters(choice.broker(), choice.pool(), _filters(code, job_id, older_than, limit), as_json=as_json)
 
 
 @dlq_app.command("requeue")
-@names_default_url
+@takes_pool
 def dlq_requeue(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    pool: PoolOption = None,
-    config: ConfigInstead = None,
+    choice: BrokerChoice,
     code: CodesOption = None,
     job_id: JobIdsOption = None,
     older_than: OlderOption = None,
@@ -144,22 +100,13 @@ def dlq_requeue(
     """
     from ops import dlq
 
-    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
-    broker, name = _pool_of(options, pool, config)
-    dlq.requeue(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
+    dlq.requeue(choice.broker(), choice.pool(), _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
 @dlq_app.command("drop")
-@names_default_url
+@takes_pool
 def dlq_drop(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    pool: PoolOption = None,
-    config: ConfigInstead = None,
+    choice: BrokerChoice,
     code: CodesOption = None,
     job_id: JobIdsOption = None,
     older_than: OlderOption = None,
@@ -177,20 +124,12 @@ def dlq_drop(
     """
     from ops import dlq
 
-    options = BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix)
-    broker, name = _pool_of(options, pool, config)
-    dlq.drop(broker, name, _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
+    dlq.drop(choice.broker(), choice.pool(), _meant(_filters(code, job_id, older_than, limit), every=every), yes=yes)
 
 
-@names_default_url
+@takes_broker
 def top(
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    config: ConfigInstead = None,
+    choice: BrokerChoice,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, when all had the time to be heard.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --once: also as a picture.")] = None,
@@ -213,29 +152,21 @@ def top(
 
     if not once and (as_json or svg or timeout):
         raise UsageError("--json, --svg and --timeout go with --once")
-    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
+    broker = choice.broker()
     if once:
         command.once(broker, as_json=as_json, svg=svg, timeout_seconds=timeout)
     else:
         command.live(broker)
 
 
-@names_default_url
+@takes_broker
 def drain(
+    choice: BrokerChoice,
     worker: Annotated[
         list[str] | None,
-        typer.Argument(metavar="WORKER...", help="worker_id, as `top` shows; of a unit HOST-INSTANCE by default."),
-    ] = None,
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", help="reeld's TOML file: its broker, and its worker.", show_default=False, readable=False
+        typer.Argument(
+            metavar="WORKER...",
+            help="worker_id, as `top` shows; of a unit HOST-INSTANCE by default. Without one, that of --config.",
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every worker that is heard.")] = False,
@@ -256,27 +187,18 @@ def drain(
     from ops.failure import UsageError
 
     names = list(worker or ())
-    if config is not None and not names and not every:
-        names = [_worker_of(config)]
+    if choice.config is not None and not names and not every:
+        names = [_worker_of(choice.config)]
     if bool(names) == every:
         raise UsageError("name the workers (`reeld top --once` lists them), or give --all")
-    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
+    broker = choice.broker()
     command.drain(broker, list(dict.fromkeys(names)), every=every, wait=wait, timeout_seconds=timeout)
 
 
-@names_default_url
+@takes_broker
 def cancel(
+    choice: BrokerChoice,
     job_id: Annotated[str, typer.Argument(metavar="JOB_ID", help="As `submit` printed it, and `top` shows it.")],
-    url: UrlOption = DEFAULT_URL,
-    url_file: UrlFileOption = None,
-    ca_file: CaFileOption = None,
-    cert_file: CertFileOption = None,
-    key_file: KeyFileOption = None,
-    prefix: PrefixOption = "reeld",
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="reeld's TOML file: its broker.", show_default=False, readable=False),
-    ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Until the job has ended.")] = False,
     timeout: TimeoutOption = None,
 ) -> None:
@@ -293,7 +215,7 @@ def cancel(
     """
     from ops import cancel as command
 
-    broker = _broker_of(BrokerOptions(url, url_file, ca_file, cert_file, key_file, prefix), config)
+    broker = choice.broker()
     command.cancel(broker, job_id, wait=wait, timeout_seconds=timeout)
 
 
@@ -362,27 +284,6 @@ def _worker_of(config: Path) -> str:
     if named or config.absolute().parent != _UNITS_FOLDER:
         return settings.worker_id
     return f"{settings.worker_id}-{config.stem}"
-
-
-def _broker_of(options: BrokerOptions, config: Path | None) -> "BrokerConfig":
-    if config is None:
-        return broker_of(options)
-    from daemon.config import load_config
-
-    return load_config(config).broker
-
-
-def _pool_of(options: BrokerOptions, pool: str | None, config: Path | None) -> "tuple[BrokerConfig, str]":
-    """The broker and the pool, by options or by a configuration. Raises UsageError."""
-    from ops.failure import UsageError
-
-    if pool is None and config is not None:
-        from daemon.config import load_config
-
-        pool = load_config(config).pool_name
-    if pool is None:
-        raise UsageError("give the worker's pool with --pool, REELD_POOL or --config")
-    return _broker_of(options, config), pool
 
 
 def _filters(

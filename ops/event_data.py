@@ -144,6 +144,9 @@ class Heartbeat(_Data):
     consumer: str = Field(description="'consuming', or why it does not consume")
     publisher: str = Field(description="'connected', or why nothing can be published")
     draining: str | None = Field(None, description="who asked for the drain: a signal's name, or 'control'")
+    instance: str = Field(description="of this process alone, so that two under one worker_id are told apart")
+    host: str
+    pid: int = Field(description="of rank 0")
     heartbeat_seconds: float = Field(description="how often this event comes; one that stays away for long is silent")
     ranks: list[RankHealth]
 

@@ -21,6 +21,13 @@ _FORGOTTEN_SECONDS = 3600.0
 
 
 @dataclass(slots=True)
+class _Process:
+    name: str
+    first_at: float
+    last_at: float
+
+
+@dataclass(slots=True)
 class Worker:
     """A worker by its last heartbeat. `heard_at` is this process's monotonic clock, in seconds."""
 
@@ -29,6 +36,7 @@ class Worker:
     heartbeat: dict[str, Any] = field(default_factory=dict)
     life: str = ""
     clock_ahead_seconds: float = 0.0
+    _processes: dict[str, _Process] = field(default_factory=dict)
 
     @property
     def interval_seconds(self) -> float:
@@ -41,6 +49,21 @@ class Worker:
     def is_silent(self, now: float) -> bool:
         """Whether it should have been heard, and was not. A worker that said it stopped is not silent."""
         return self.life != "stopped" and self.age_seconds(now) > _SILENT_HEARTBEATS * self.interval_seconds
+
+    @property
+    def processes(self) -> list[str]:
+        """`HOST pid N` of every process that says this worker's id; not of one whose place the last one took."""
+        latest = max((each.first_at for each in self._processes.values()), default=0.0)
+        return sorted(each.name for each in self._processes.values() if each.last_at >= latest)
+
+    def take_heartbeat(self, data: dict[str, Any], now: float) -> None:
+        self.heartbeat = data
+        self.life = "draining" if data.get("draining") else ""
+        kept = now - _SILENT_HEARTBEATS * self.interval_seconds
+        self._processes = {key: each for key, each in self._processes.items() if each.last_at >= kept}
+        if (instance := data.get("instance")) is not None:
+            name = f"{data.get('host')} pid {data.get('pid')}"
+            self._processes.setdefault(str(instance), _Process(name, now, now)).last_at = now
 
     @property
     def ranks(self) -> list[dict[str, Any]]:
@@ -80,8 +103,7 @@ class Fleet:
             worker.heard_at = now
             worker.clock_ahead_seconds = _ahead(event.time)
             if event.name == "heartbeat":
-                worker.heartbeat = event.data
-                worker.life = "draining" if event.data.get("draining") else ""
+                worker.take_heartbeat(event.data, now)
             else:
                 worker.life = event.name
 

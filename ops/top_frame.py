@@ -57,6 +57,7 @@ def document(fleet: Fleet, depths: Depths, now: float) -> dict[str, Any]:
                 "silent": worker.is_silent(now),
                 "heard_seconds_ago": round(worker.age_seconds(now), 3),
                 "clock_ahead_seconds": round(worker.clock_ahead_seconds, 3),
+                "processes": worker.processes,
                 **worker.heartbeat,
             }
             for worker in _sorted(fleet)
@@ -162,6 +163,8 @@ def _faults(worker: Worker) -> Iterator[str]:
         yield f"consumer: {consumer}"
     if publisher != "connected":
         yield f"publisher: {publisher}"
+    if len(processes := worker.processes) > 1:
+        yield f"{len(processes)} workers have this worker_id: {', '.join(processes)}"
     if abs(worker.clock_ahead_seconds) > _SKEW_SECONDS:
         ahead = worker.clock_ahead_seconds
         yield f"its clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"

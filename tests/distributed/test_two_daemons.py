@@ -1,5 +1,8 @@
 """Two daemons on one queue: they share the jobs, and whatever happens to one, each job has one result."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +81,26 @@ def test_row_19_one_job_at_two_daemons(pair: Pair) -> None:
     files = list((pair.output / message["job_id"]).iterdir())
     assert sorted(path.suffix for path in files) == [".json", ".mp4"], files
     assert str(ends[0].data["result"]["video"]["path"]) in map(str, files)
+
+
+def test_two_daemons_of_one_name_tell_of_each_other(pair: Pair, models: Path, tmp_path: Path) -> None:
+    """The warning of each names the other's process, `reeld top` both, and nobody else is warned."""
+    pair.wait_idle()
+    config = write_config(tmp_path, models, nproc=1)
+    config.write_text(config.read_text().replace('worker_id = "tester"', 'worker_id = "first"'))
+    namesake = Worker(config, pair.url, tmp_path)
+    try:
+        told = [worker.wait_log("worker_id_shared") for worker in (namesake, pair.workers["first"])]
+        assert [line["other_pid"] for line in told] == [line["pid"] for line in reversed(told)]
+        top = [str(Path(sys.executable).parent / "reeld"), "top", "--once", "--json", "--url", pair.url]
+        shown = json.loads(subprocess.run(top, check=True, capture_output=True, text=True, timeout=60).stdout)
+        processes = {worker["worker_id"]: worker["processes"] for worker in shown["workers"]}
+        assert {name.rpartition(" ")[2] for name in processes["first"]} == {str(line["pid"]) for line in told}
+        assert len(processes["second"]) == 1
+        assert namesake.drain() == 0
+    finally:
+        namesake.end()
+    assert "worker_id_shared" not in pair.workers["second"].log_path.read_text()
 
 
 def test_killed_daemon_hands_its_job_to_the_other(pair: Pair) -> None:

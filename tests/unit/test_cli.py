@@ -1,13 +1,11 @@
 """The `reeld` command without a broker: its words, its exit statuses, and what it says of mistakes."""
 
-import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +21,7 @@ from daemon.errors import (
 from daemon.events import job_event, worker_event
 from daemon.job import is_job_id, parse_job_message
 from ops.asyncapi import asyncapi_document
-from ops.cli import app
-from ops.default_url import names_default_url
 from ops.failure import JobFailedError, UsageError, report
-from ops.options import DEFAULT_URL
 from ops.progress import describe, result_lines
 from ops.submission import build_document, image_uri, new_job_id
 from ops.watch import line, routing_keys
@@ -257,45 +252,6 @@ def test_doctor_reports_each_fault_with_a_fix(config_file: Path) -> None:
     assert "start the broker" in done.stdout
     assert "put the file there" in done.stdout
     assert "ffmpeg version" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "hinted"),
-    [
-        ({"url": DEFAULT_URL, "url_file": None}, True),
-        ({"url": DEFAULT_URL, "url_file": None, "config": None}, True),
-        ({"url": DEAD_BROKER, "url_file": None}, False),
-        ({"url": DEFAULT_URL, "url_file": Path("/url")}, False),
-        ({"url": DEFAULT_URL, "url_file": None, "config": Path("/reeld.toml")}, False),
-    ],
-)
-def test_who_gave_no_url_is_told_which_one_was_taken(options: dict[str, object], hinted: bool) -> None:
-    """Nobody listens at the default, and the error says that it is the default; any other error is as it was."""
-
-    @names_default_url
-    def command(**_: object) -> None:
-        raise BrokerUnavailableError("refused")
-
-    with pytest.raises(BrokerUnavailableError) as caught:
-        command(**options)
-    first, *rest = str(caught.value).splitlines()
-    assert first == "refused"
-    assert bool(rest) == hinted
-    assert all("REELD_AMQP_URL" in text for text in rest)
-
-
-def test_every_command_that_has_a_default_url_names_it() -> None:
-    """All commands with --url and --url-file have the hint; their options are still their own."""
-    found = [each for each in commands() if {"url", "url_file"} <= set(inspect.signature(each).parameters)]
-    assert len(found) == 9
-    assert all(hasattr(each, "__wrapped__") for each in found)
-
-
-def commands() -> list[Callable[..., object]]:
-    """The functions behind `reeld`'s commands and those of its groups."""
-    groups = [app, *(each.typer_instance for each in app.registered_groups)]
-    registered = [each.callback for group in groups if group is not None for each in group.registered_commands]
-    return [each for each in registered if each is not None]
 
 
 def test_job_ids_are_valid_version_7_uuids_that_sort_by_time() -> None:

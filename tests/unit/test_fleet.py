@@ -77,6 +77,18 @@ def test_what_is_wrong_is_told() -> None:
         assert words in text
 
 
+def test_two_workers_of_one_name_are_told_from_one_that_was_started_again() -> None:
+    first, second = ({"instance": name, "host": "box", "pid": pid} for name, pid in (("a", 7), ("b", 8)))
+    fleet = Fleet()
+    for now, sender in ((1.0, first), (3.0, first), (4.0, second), (6.0, second)):
+        fleet.take(heartbeat(**sender), now=now)
+    assert fleet.workers["box"].processes == ["box pid 8"], "it took the place of the other"
+    fleet.take(heartbeat(**first), now=6.5)
+    assert "2 workers have this worker_id: box pid 7, box pid 8" in drawn(fleet, {}, 6.5)
+    fleet.take(heartbeat(**second), now=12.6)
+    assert fleet.workers["box"].processes == ["box pid 8"], "three heartbeats of the other stayed away"
+
+
 def test_json_and_plain_lines_say_the_same() -> None:
     fleet = Fleet()
     fleet.take(heartbeat(draining="control"), now=1.0)
