@@ -20,9 +20,11 @@ IMAGE_TOKENS = 257
 # DiffSynth's default tile, in latent rows and columns (`tile_size` of `WanVideoPipeline.__call__`).
 _TILE = (30, 52)
 # On a GPU only. The context and its kernels, one NCCL communicator's buffers, and what the caching allocator holds
-# beyond what is in use, as a share of what comes and goes.
+# beyond what is in use: so much for each pixel of each frame (measured with Wan 2.1's VAE at two sizes, on one card and
+# on two: docs/memory.md), and at least a share of what comes and goes.
 _CONTEXT_BYTES = 600 << 20
 _NCCL_BYTES = 400 << 20
+_RESERVE_BYTES_PER_PIXEL = 50
 _RESERVE_SHARE = 0.08
 
 
@@ -157,7 +159,8 @@ def _predict_rank(
         if world_size > 1:
             overhead["nccl"] = _NCCL_BYTES
         fullest = max(sum(phase.values()) for phase in phases.values())
-        overhead["allocator_reserve"] = int(_RESERVE_SHARE * fullest)
+        pixels = shape.num_frames * shape.height * shape.width
+        overhead["allocator_reserve"] = max(int(_RESERVE_SHARE * fullest), _RESERVE_BYTES_PER_PIXEL * pixels)
     return RankMemory(rank=rank, weights=stay, phases=phases, overhead=overhead, host=wait)
 
 
