@@ -1,8 +1,9 @@
 """A job's inputs: fetched from allowed places only, checked, and staged for the ranks.
 
-Owns the allow-list of schemes and roots, the refusal of private addresses (checked on the connected socket,
-so that neither DNS nor a redirect gets around it), and the limits of size and pixels. Leaves out retrying
-(`daemon.coordinator`) and reading the image into tensors (`parallel.engine`).
+Owns the allow-list of schemes and roots, the refusal of private addresses (a name is resolved once for each
+connection, and only what was checked is connected to, so that neither DNS nor a redirect gets around it), and the
+limits of size, pixels and time. Leaves out retrying (`daemon.coordinator`) and reading the image into tensors
+(`parallel.engine`).
 """
 
 import base64
@@ -17,6 +18,7 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,10 @@ def _read_file(uri: str, config: InputsConfig, path: str) -> bytes:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _rejected("not a plain file", path)
+            # Where it really is: a folder on the way may have become a link since the name was resolved.
+            opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if not any(opened.is_relative_to(root) for root in roots):
+                raise _rejected("the file is not under one of inputs.roots", path)
             with open(descriptor, "rb", closefd=False) as file:
                 return _read_limited(file, config, path)
         finally:
@@ -114,44 +120,84 @@ def _decode_data(uri: str, config: InputsConfig, path: str) -> bytes:
 
 
 class _ForbiddenAddressError(Exception):
-    """Raised when a name led to an address that inputs may not come from."""
+    """Raised when a name leads to an address that inputs may not come from."""
 
 
-def _check_peer(sock: socket.socket) -> None:
-    # Before a byte is sent: the address that was really connected to is the one that counts.
-    address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    if not address.is_global or address.is_multicast:
-        sock.close()
-        raise _ForbiddenAddressError(str(address))
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA gives out for it
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address behind a translator
+# Public by their range, but metadata services or the like: IETF protocol assignments (Oracle's 192.0.0.192), and
+# the channel from a machine of Azure's to its host.
+_OF_THE_CLOUD = (ipaddress.IPv4Network("192.0.0.0/24"), ipaddress.IPv4Network("168.63.129.16/32"))
 
 
-def _pool_manager(schemes: tuple[str, ...], on_connect: Callable[[socket.socket], None]) -> urllib3.PoolManager:
-    """A pool manager that shows `on_connect` every new connection; redirects lead to `schemes` only."""
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            embedded = ipaddress.IPv4Address(address.packed[-4:])
+        if embedded is not None:
+            return _is_public(embedded)
+        return address.is_global and address in _GLOBAL_UNICAST
+    return address.is_global and not address.is_multicast and not any(address in each for each in _OF_THE_CLOUD)
 
-    class WatchedHTTPConnection(HTTPConnection):
+
+def _resolve(host: str, port: int, seconds: float) -> list[str]:
+    """The addresses of a name. Raises OSError: TimeoutError too, for getaddrinfo itself knows no limit."""
+    answer: Future[list[Any]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, ValueError) as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()  # nobody waits for its end
+    try:
+        return list(dict.fromkeys(str(each[4][0]) for each in answer.result(seconds)))
+    except ValueError as error:  # no name: too long a part of it, for instance
+        raise urllib3.exceptions.LocationParseError(host) from error
+
+
+def _connect(host: str, port: int, config: InputsConfig, deadline: float) -> socket.socket:
+    """Raises _ForbiddenAddressError before anything is sent if one of the name's addresses is not allowed, and OSError
+    if none can be connected to by `deadline`, of the monotonic clock."""
+    addresses = _resolve(host, port, deadline - time.monotonic())
+    for address in addresses:
+        if not config.allow_private_addresses and not _is_public(ipaddress.ip_address(address.partition("%")[0])):
+            raise _ForbiddenAddressError(address)
+    failure: OSError = TimeoutError()
+    for tried, address in enumerate(addresses):
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            break
+        try:
+            return socket.create_connection((address, port), min(10.0, remaining / (len(addresses) - tried)))
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _pool_manager(schemes: tuple[str, ...], connect: Callable[[str, int], socket.socket]) -> urllib3.PoolManager:
+    """A pool manager whose connections `connect` makes; redirects lead to `schemes` only. TLS asks for the name."""
+
+    class OurHTTPConnection(HTTPConnection):
         def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            on_connect(sock)
-            return sock
+            return connect(self._dns_host, self.port)
 
-    class WatchedHTTPSConnection(HTTPSConnection):
+    class OurHTTPSConnection(HTTPSConnection):
         def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            on_connect(sock)
-            return sock
+            return connect(self._dns_host, self.port)
 
-    class WatchedHTTPPool(HTTPConnectionPool):
-        ConnectionCls = WatchedHTTPConnection
+    class OurHTTPPool(HTTPConnectionPool):
+        ConnectionCls = OurHTTPConnection
 
-    class WatchedHTTPSPool(HTTPSConnectionPool):
-        ConnectionCls = WatchedHTTPSConnection
+    class OurHTTPSPool(HTTPSConnectionPool):
+        ConnectionCls = OurHTTPSConnection
 
     # Retry-After is not obeyed here: the server would choose how long the GPUs wait.
     retries = urllib3.Retry(connect=0, read=0, redirect=3, status=0, other=0, respect_retry_after_header=False)
     manager = urllib3.PoolManager(num_pools=4, retries=retries)
-    manager.pool_classes_by_scheme = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+    manager.pool_classes_by_scheme = {"http": OurHTTPPool, "https": OurHTTPSPool}
     manager.key_fn_by_scheme = {name: key for name, key in manager.key_fn_by_scheme.items() if name in schemes}
     return manager
 
@@ -159,27 +205,29 @@ def _pool_manager(schemes: tuple[str, ...], on_connect: Callable[[socket.socket]
 def _get_http(uri: str, config: InputsConfig, path: str) -> bytes:
     deadline = time.monotonic() + config.timeout_seconds
     watched: list[socket.socket] = []
+    # A server that says nothing; the deadline is for all that one does.
+    silence = min(15.0, config.timeout_seconds)
 
     def shut() -> None:
         for sock in watched:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def on_connect(sock: socket.socket) -> None:
-        if not config.allow_private_addresses:
-            _check_peer(sock)
+    def connect(host: str, port: int) -> socket.socket:
+        sock = _connect(host, port, config, deadline)
+        sock.settimeout(silence)
         watched.append(sock.dup())  # TLS takes the socket itself away
         if time.monotonic() >= deadline:
             shut()
+        return sock
 
     # urllib3's timeouts are for one read each; a server that drips its headers would never meet them.
     guard = threading.Timer(config.timeout_seconds, shut)
     guard.daemon = True
     guard.start()
-    manager = _pool_manager(config.schemes, on_connect)
-    timeout = urllib3.Timeout(connect=min(10.0, config.timeout_seconds), read=min(15.0, config.timeout_seconds))
+    manager = _pool_manager(config.schemes, connect)
     try:
-        with manager.request("GET", uri, preload_content=False, timeout=timeout) as response:
+        with manager.request("GET", uri, preload_content=False, timeout=silence) as response:
             if response.status >= 500 or response.status in (408, 425, 429):
                 raise _unavailable(f"HTTP status {response.status}", path)
             if response.status != 200:

@@ -50,7 +50,8 @@ def stage_video(
     The array is (num_frames, height, width, 3): frames one by one as they are decoded, without regard to their
     times, cropped in the middle to the shape asked for and resized. `path` is the field that names the video,
     for errors. Raises what `stage_image` raises, PermanentJobError(input_rejected) also for what is no video,
-    has too few frames (unless `may_be_shorter`) or too large ones, or takes too long to decode.
+    has too few frames (unless `may_be_shorter`) or too large ones, or takes too long to decode; OSError when the
+    disk is full.
     """
     data = fetch_input(uri, config.model_copy(update={"max_bytes": config.max_video_bytes}), path)
     command = ["-max_pixels", str(config.max_video_pixels), "-format_whitelist", _VIDEO_FORMATS, "-i", "fd:"]
@@ -58,17 +59,18 @@ def stage_video(
     command += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe"]
     target.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with _removed_on_failure(target):
-        frames = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(num_frames, height, width, 3))
+    # Written, and not stored into a map of the file: there a full disk would be SIGBUS, and the end of rank 0.
+    with _removed_on_failure(target), target.open("wb") as file:
+        _write_header(file, np.dtype(np.uint8), (num_frames, height, width, 3))
         with _decoding(data, command, config, target.parent, path, what="video") as output:
             while count < num_frames and (frame := _read_frame(output)) is not None:
-                frames[count] = _crop_and_resize(frame, width=width, height=height)
+                file.write(_crop_and_resize(frame, width=width, height=height).data)
                 count += 1
         if count == 0 or (count < num_frames and not may_be_shorter):
             raise _rejected(f"has {count} frames; {num_frames} are needed (parameters.num_frames)", path)
-        frames.flush()
         if count < num_frames:
-            np.save(target, np.array(frames[:count]), allow_pickle=False)
+            file.seek(0)
+            _write_header(file, np.dtype(np.uint8), (count, height, width, 3))
 
 
 def stage_audio(uri: str, target: Path, config: InputsConfig, *, path: str) -> None:
@@ -83,12 +85,15 @@ def stage_audio(uri: str, target: Path, config: InputsConfig, *, path: str) -> N
     target.parent.mkdir(parents=True, exist_ok=True)
     with _removed_on_failure(target):
         with _decoding(data, command, config, target.parent, path, what="audio file") as output:
-            samples = np.frombuffer(output.read(), dtype="<f4")
+            decoded = output.read()
+        samples = np.frombuffer(decoded, dtype="<f4")  # here, as what was cut short may end within a sample
         if samples.size > limit:
             raise _rejected(f"longer than {config.max_audio_seconds} s (inputs.max_audio_seconds)", path)
         if not samples.size or not np.isfinite(samples).all():
             raise _rejected("holds no sound", path)
-        np.save(target, samples, allow_pickle=False)
+        with target.open("wb") as file:
+            _write_header(file, samples.dtype, samples.shape)
+            file.write(samples.data)
 
 
 @contextlib.contextmanager
@@ -143,13 +148,21 @@ def _decoding(
             raise _rejected(f"not a readable {what}: {reason}"[:300], path)
 
 
+def _write_header(file: IO[bytes], dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> None:
+    """The start of a .npy file. It is as long for fewer frames: numpy leaves room for an array that grows."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 def _read_frame(output: IO[bytes]) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
-    """The next frame of a stream of PPM images (P6, width and height, 255), or None at its end."""
-    magic = output.readline(16)
-    if magic != b"P6\n":
+    """The next frame of a stream of PPM images (P6, width and height, 255), or None at its end.
+
+    A stream that is cut anywhere ends there: why it was is for `_decoding` to say.
+    """
+    magic, size, depth = output.readline(16), output.readline(32), output.readline(16)
+    if (magic, depth) != (b"P6\n", b"255\n"):
         return None
-    width, height = (int(number) for number in output.readline(32).split())
-    output.readline(16)
+    width, height = (int(number) for number in size.split())
     pixels = output.read(width * height * 3)
     if len(pixels) < width * height * 3:
         return None

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import select
 import socket
 import threading
 import time
@@ -102,6 +103,34 @@ def test_row_29_what_is_not_under_a_root_is_rejected(place: Place) -> None:
     assert {place.rejected(uri) for uri in uris} == {"the file is not under one of inputs.roots"}
 
 
+def test_row_29_a_folder_that_becomes_a_link_leads_nowhere(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was opened counts: a folder that is swapped after the look at its name does not lead outside."""
+    folder = place.root / "folder"
+    folder.mkdir()
+    (folder / "outside.png").write_bytes(PNG)
+    assert place.stage((folder / "outside.png").as_uri()) == PNG
+    place.target.unlink()
+    really_open = os.open
+
+    def swap_and_open(path: Any, *arguments: Any, **options: Any) -> int:  # the moment cannot be had otherwise
+        if str(path).endswith("outside.png"):
+            folder.rename(place.root / "folder.old")
+            folder.symlink_to(place.outside.parent)
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", swap_and_open)
+    before = len(os.listdir("/proc/self/fd"))
+    assert place.rejected((folder / "outside.png").as_uri()) == "the file is not under one of inputs.roots"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_root_may_be_a_link(place: Place, tmp_path: Path) -> None:
+    """Where the root leads is what files must be under."""
+    (place.root / "a.png").write_bytes(PNG)
+    (tmp_path / "link").symlink_to(place.root)
+    assert place.stage(f"file://{tmp_path}/link/a.png", roots=(tmp_path / "link",)) == PNG
+
+
 def test_without_roots_no_file_is_read(place: Place) -> None:
     """The scheme alone opens nothing."""
     assert "inputs.roots" in place.rejected(place.outside.as_uri(), roots=())
@@ -109,7 +138,16 @@ def test_without_roots_no_file_is_read(place: Place) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["file://example.org/x.png", "file:///a%00b", "file://[x/y.png", "http://[x/y.png", "http://", "https:"],
+    [
+        "file://example.org/x.png",
+        "file:///a%00b",
+        "file://[x/y.png",
+        "http://[x/y.png",
+        "http://",
+        "https:",
+        f"http://{'a' * 64}.example/x.png",
+        "http://a..example/x.png",
+    ],
 )
 def test_a_uri_that_means_nothing_is_rejected(place: Place, uri: str) -> None:
     """A host in a file: URI, a NUL, or no URI at all is the publisher's mistake."""
@@ -275,6 +313,43 @@ def test_row_29_a_private_address_gets_no_request(place: Place, site: Site) -> N
     assert "is not public" in place.rejected(f"http://[::ffff:127.0.0.1]:{site.server_port}/a.png")
     assert "is not public" in place.rejected(site.url.replace("http", "https") + "/a.png")
     assert site.paths == []
+
+
+def test_row_29_a_private_address_gets_no_connection(place: Place) -> None:
+    """Whether something listens there is not told: one answer for both, and what listens hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        listened_to = place.rejected(uri)
+        assert not select.select([server], [], [], 0)[0], "somebody connected"
+        assert listened_to == place.rejected("http://127.0.0.1:1/a.png")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "10.0.0.5",
+        "100.100.100.200",  # a metadata service
+        "192.0.0.192",  # another
+        "168.63.129.16",  # and the channel to a hypervisor, by its range a public address
+        "255.255.255.255",
+        "224.0.0.1",
+        "[::]",
+        "[fd00::1]",
+        "[fe80::1]",
+        "[fec0::1]",
+        "[ff02::1]",
+        "[::ffff:10.0.0.5]",
+        "[::10.0.0.5]",
+        "[::ffff:0:10.0.0.5]",
+        "[64:ff9b::10.0.0.5]",
+        "[64:ff9b:1::10.0.0.5]",
+        "[2002:a00:5::1]",  # 6to4
+        "[2001:0:a00:5::1]",  # Teredo
+    ],
+)
+def test_row_29_addresses_in_other_clothes_are_refused(place: Place, host: str) -> None:
+    """An IPv4 address inside an IPv6 one counts as what it is, and so do addresses that nobody was given."""
+    assert "is not public" in place.rejected(f"http://{host}:1/a.png")
 
 
 def test_a_private_address_is_allowed_where_it_is_configured(place: Place, site: Site) -> None:

@@ -3,8 +3,10 @@
 import gc
 import os
 import subprocess
+import sys
 import threading
 import wave
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,42 @@ def test_a_video_with_too_few_frames_is_refused_but_where_it_may_be_shorter(medi
     """Nine frames cannot come of seven; a pose video may be as short as it is."""
     assert "has 7 frames; 9 are needed" in refusal(media, tmp_path, "seven.mp4", num_frames=9)
     assert len(stage(media, tmp_path, "seven.mp4", num_frames=9, may_be_shorter=True)) == 7
+    whole = stage(media, tmp_path, "seven.mp4", num_frames=7)
+    shorter = stage(media, tmp_path, "seven.mp4", num_frames=100_000, may_be_shorter=True)
+    assert np.array_equal(shorter, whole)
+    assert (tmp_path / "work" / "input_video.npy").stat().st_size < 2 * whole.nbytes, "no room for what did not come"
+
+
+_STAGE_THERE = """
+import sys
+from pathlib import Path
+from daemon.media import stage_audio, stage_video
+from daemon.sections import InputsConfig
+
+folder, uri = sys.argv[1:]
+target = Path(folder, "work", "input.npy")
+config = InputsConfig(schemes=("file",), roots=(Path("/"),))
+try:
+    if uri.endswith(".wav"):
+        stage_audio(uri, target, config, path="inputs.input_audio")
+    else:
+        stage_video(uri, target, config, path="inputs.input_video", width=640, height=480, num_frames=5)
+except OSError as error:
+    print(type(error).__name__, error.strerror)
+print(*target.parent.iterdir())
+"""
+
+
+@pytest.mark.parametrize("name", ["seven.mp4", "long.wav"])
+def test_row_22_a_full_disk_is_an_error_and_leaves_nothing(media: Path, tmp_path: Path, name: str) -> None:
+    """Frames or samples that the work disk has no room for: OSError, which is tried again, and not SIGBUS."""
+    if name == "long.wav":
+        ffmpeg("-f", "lavfi", "-i", "sine=440:sample_rate=8000:duration=30", "-ar", "8000", str(media / name))
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", "--mount", *user, "sh", "-euc", 'mount -t tmpfs -o size=1m tmpfs "$1"; shift; exec "$@"']
+    command += ["sh", str(tmp_path), sys.executable, "-c", _STAGE_THERE, str(tmp_path), (media / name).as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "OSError No space left on device\n\n", "")
 
 
 def test_row_21_a_video_over_the_limits_is_refused(media: Path, tmp_path: Path) -> None:
@@ -112,6 +150,42 @@ def test_row_21_what_is_no_video_is_refused(media: Path, tmp_path: Path, name: s
     """Whatever its name says."""
     write_not_a_video(media, name)
     refusal(media, tmp_path, name)
+
+
+@pytest.fixture
+def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the real ffmpeg's output end after so many bytes, and ffmpeg go on until it is killed."""
+
+    def cut(after_bytes: int) -> None:
+        program = tmp_path / "ffmpeg"
+        program.write_text(
+            f'#!/bin/sh\n{imageio_ffmpeg.get_ffmpeg_exe()} "$@" 2>/dev/null | head -c {after_bytes}\nexec sleep 60\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+
+    return cut
+
+
+@pytest.mark.parametrize("after_bytes", [0, 1, 3, 5, 8, 9, 12, 13, 14])
+def test_row_21_a_frame_that_is_cut_anywhere_is_refused(
+    media: Path, tmp_path: Path, cut_short: Callable[[int], None], after_bytes: int
+) -> None:
+    """ffmpeg is killed while it writes a frame's header (13 bytes here): the job's fault, not rank 0's end."""
+    cut_short(after_bytes)
+    assert "not decoded within 1.0 s" in refusal(media, tmp_path, "seven.mp4", decode_seconds=1.0)
+
+
+def test_row_21_a_sound_that_is_cut_anywhere_is_refused(
+    media: Path, tmp_path: Path, cut_short: Callable[[int], None]
+) -> None:
+    """ffmpeg is killed within a sample."""
+    cut_short(4 * 1000 + 3)
+    target = tmp_path / "work" / "audio.npy"
+    config = settings(media, decode_seconds=1.0)
+    with pytest.raises(PermanentJobError, match="not decoded within"):
+        stage_audio((media / "sound.wav").as_uri(), target, config, path="inputs.input_audio")
+    assert not target.exists()
 
 
 def test_row_29_a_playlist_leads_ffmpeg_nowhere(media: Path, tmp_path: Path) -> None:
