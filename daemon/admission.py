@@ -14,7 +14,19 @@ from parallel.sizes import ModelSizes
 from parallel.split import ParallelDegrees
 from parallel.strategy import MemorySettings
 
-_FRAME_INPUTS = ("input_image", "end_image", "input_video", "control_video", "reference_image", "vace_video")
+# What the VAE encodes. Each of VACE's alone has it encode two whole videos.
+_FRAME_INPUTS = (
+    "input_image",
+    "end_image",
+    "input_video",
+    "control_video",
+    "reference_image",
+    "vace_video",
+    "vace_video_mask",
+    "vace_reference_image",
+    "s2v_pose_video",
+)
+_REFERENCES = ("reference_image", "vace_reference_image")  # each a latent frame before the video's own
 
 
 def check_fits(plan: GenerationPlan, models: Mapping[str, ModelSizes], config: Config, *, capacity_bytes: int) -> None:
@@ -58,6 +70,7 @@ def predict_plan(plan: GenerationPlan, models: Mapping[str, ModelSizes], config:
             tiled=plan.tiled,
             step_cache=plan.tea_cache_l1_thresh is not None,
             frame_inputs=any(getattr(plan, name) is not None for name in _FRAME_INPUTS),
+            references=sum(getattr(plan, name) is not None for name in _REFERENCES),
         ),
         degrees=degrees,
         dtype=config.dtype,

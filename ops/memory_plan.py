@@ -12,7 +12,7 @@ from ops.failure import UsageError
 from parallel.memory import DTYPE_BYTES, JobShape, predict_memory, weight_bytes
 from parallel.profile import ModelFolderError, ModelProfile, check_model_folder, load_profile
 from parallel.sizes import ModelSizes, read_sizes, sizes_of
-from parallel.split import CUDA, DitShape, ParallelDegrees, PinnedDegrees, choose_degrees
+from parallel.split import CPU, CUDA, DitShape, ParallelDegrees, PinnedDegrees, choose_degrees
 from parallel.strategy import MemorySettings
 
 
@@ -213,6 +213,6 @@ def _degrees(sizes: ModelSizes, shape: JobShape, asked: Asked) -> ParallelDegree
         ),
         num_tokens=shape.latent_frames * area // 4,
         guided=shape.guided,
-        machine=CUDA,
+        machine=CUDA if asked.device == "cuda" else CPU,
         pinned=asked.pinned,
     )

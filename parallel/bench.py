@@ -61,8 +61,16 @@ def main() -> None:
         "results": [],
     }
     bench = _Bench(options, world, report)
+    vae_factor = load_profile(options.profile).height_multiple // 2
     for height, width, num_frames in options.shape:
-        bench.run(Case(height=height, width=width, num_frames=num_frames, guided=not options.no_guidance), dtype)
+        case = Case(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            guided=not options.no_guidance,
+            vae_factor=vae_factor,
+        )
+        bench.run(case, dtype)
     world.leave()
 
 

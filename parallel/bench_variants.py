@@ -41,16 +41,21 @@ ALONE = SplitGroups(ParallelDegrees(), SOLO, SOLO, SOLO, SOLO)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is generated: a shape in pixels and frames, and whether there is a negative branch."""
+    """What is generated: a shape in pixels and frames, and whether there is a negative branch.
+
+    `vae_factor`: pixels to a latent, along a side.
+    """
 
     height: int
     width: int
     num_frames: int
     guided: bool = True
+    vae_factor: int = 8
 
     @property
     def num_tokens(self) -> int:
-        return ((self.num_frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
+        token = 2 * self.vae_factor
+        return ((self.num_frames - 1) // 4 + 1) * (self.height // token) * (self.width // token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,8 @@ def _inputs(dit: Any, case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[
         return torch.randn(size, generator=generator).to(like)
 
     channels = dit.head.head.out_features // 4
-    latents = (1, channels, (case.num_frames - 1) // 4 + 1, case.height // 8, case.width // 8)
+    size = (case.height // case.vae_factor, case.width // case.vae_factor)
+    latents = (1, channels, (case.num_frames - 1) // 4 + 1, *size)
     shared: dict[str, Any] = {"latents": draw(*latents)}
     if dit.in_dim > channels:
         shared["y"] = draw(1, dit.in_dim - channels, *latents[2:])

@@ -85,30 +85,31 @@ class PromptCache:
 @torch.no_grad()
 def prepare_conditions(
     pipeline: WanVideoPipeline,
-    arguments: Mapping[str, Any],
+    arguments: Callable[[], Mapping[str, Any]],
     world: World,
     *,
     prompts: PromptCache,
     share_vae: bool = True,
 ) -> Conditions:
-    """Called by every rank; `arguments` (of `WanVideoPipeline.__call__`) count on rank 0 alone.
+    """Called by every rank; `arguments` (of `WanVideoPipeline.__call__`) are asked for on rank 0 alone.
 
     With `share_vae` every rank has the VAE and encodes its part of what the units give it. Sets the scheduler's
-    timesteps on every rank. Raises on rank 0 whatever DiffSynth and torch raise, ValueError
+    timesteps on every rank. Raises on rank 0 whatever `arguments`, DiffSynth and torch raise, ValueError
     for an argument that `__call__` does not have; then PreparationError on every peer.
     """
     if world.rank != 0:
         return _assist(pipeline, world)
     try:
         with _shared_encoding(pipeline.vae, world) if share_vae else contextlib.nullcontext():
-            conditions = _run_units(pipeline, arguments, prompts)
+            conditions = _run_units(pipeline, arguments(), prompts)
         packing = Packing()
         described = packing.describe([conditions.shared, conditions.positive, conditions.negative])
         tensors = [tensor.to(pipeline.device) for tensor in packing.tensors]
     except Exception as error:
-        # The peers wait for the description: they must hear of it, whatever it was.
+        # The peers wait for the description and must hear of it, whatever it was; but those that failed as well, while
+        # they encoded with this rank, wait for nothing.
         failed = outcome_of(error, world.rank)
-        world.broadcast_json({"failed": failed.code, "message": failed.message})
+        world.say_json({"failed": failed.code, "message": failed.message})
         raise
     world.broadcast_json(
         {

@@ -89,8 +89,8 @@ def denoise(
         if value < guidance.switch_boundary * 1000 and pipeline.dit2 is not None and expert is not pipeline.dit2:
             expert, vace = pipeline.dit2, pipeline.vace2
             pipeline.load_models_to_device(pipeline.in_iteration_models_2)
-            for branch in branches:
-                branch.memory.residual = None
+            for branch in branches:  # what the first expert kept is needed no more
+                branch.memory.forget()
         predictions = [
             expert(
                 latents=latents,

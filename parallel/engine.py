@@ -58,8 +58,7 @@ def generate_frames(
         progress("denoise", step, steps)
 
     # Only rank 0 has the staged files; what every rank needs of them comes with the conditions.
-    arguments = pipeline_arguments(plan) if world.rank == 0 else {}
-    conditions = prepare_conditions(pipeline, arguments, world, prompts=model.prompts)
+    conditions = prepare_conditions(pipeline, lambda: pipeline_arguments(plan), world, prompts=model.prompts)
     degrees = ParallelDegrees(
         cfg_degree=plan.cfg_degree, ulysses_degree=plan.ulysses_degree, ring_degree=plan.ring_degree
     )
@@ -96,6 +95,7 @@ def clean_up(model: LoadedModel, device: torch.device) -> None:
     Talks to no other rank.
     """
     model.let_go()
+    model.pipeline.load_models_to_device([])  # another model's weights would find their place taken
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

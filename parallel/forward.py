@@ -47,6 +47,11 @@ class BranchMemory:
     camera: dict[int, Tensor] = field(default_factory=dict)  # what its path adds to this rank's slice
     residual: Tensor | None = None  # of the step cache, for this rank's slice
 
+    def forget(self) -> None:
+        self.context.clear()
+        self.camera.clear()
+        self.residual = None
+
 
 def load_compiler() -> None:
     """Imports what `torch.compile` wants, seconds of it, where blocks are compiled by default: on GPUs.

@@ -8,9 +8,11 @@ its group coordinators. Leaves out the default and the control group (`parallel.
 import importlib.util
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel import collectives
 from parallel.split import ParallelDegrees
@@ -42,8 +44,9 @@ class SplitGroups:
 class GroupTable:
     """Makes the groups of a split when a job first asks for it."""
 
-    def __init__(self, *, world_size: int, local_rank: int, backend: str) -> None:
+    def __init__(self, *, world_size: int, local_rank: int, backend: str, timeout: timedelta) -> None:
         self._world_size = world_size
+        self._timeout = timeout
         self._local_rank = local_rank
         self._backend = backend
         self._made: dict[ParallelDegrees, SplitGroups] = {}
@@ -89,6 +92,8 @@ class GroupTable:
             from xfuser.core.distributed.group_coordinator import GroupCoordinator
 
             made = GroupCoordinator(group_ranks, self._local_rank, self._backend)
+            # xfuser leaves torch's ten minutes, which NCCL counts from when a transfer is queued: two steps may be.
+            _set_pg_timeout(self._timeout, made.device_group)
             self._groups[key] = Group(made.device_group, made.rank_in_group, made.world_size)
         return self._groups[key]
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from parallel import collectives
 from parallel.layouts import LayoutError, read_layout
 from parallel.lora_layout import TARGETS, LayerShapes, LoraError, match_lora
+from parallel.outcome import PreparationError, outcome_of
 from parallel.plan import LoraPlan
 from parallel.world import World
 
@@ -86,6 +87,7 @@ class LoraWeights:
         """Called by every rank. Makes the weights the original ones with exactly `loras` in them.
 
         Raises LoraError on every rank alike when a file cannot be used; the weights are then the original ones.
+        Whatever else rank 0 meets while reading is raised there, and PreparationError on the others.
         Raises MemoryError or OutOfMemoryError on the rank that had too little, and RuntimeError on the others.
         """
         wanted = tuple(loras)
@@ -119,18 +121,24 @@ class LoraWeights:
         if self._world.all_true(cached is not None) and cached is not None:
             return cached
         read: _Lora | None = None
+        failed: Exception | None = None
         head: dict[str, Any] = {}
         if self._world.rank == 0:
             try:
                 read = _read_file(Path(lora.path), self.shapes[dit])
             except (LoraError, LayoutError, OSError, SafetensorError) as error:
                 head = {"error": f"{lora.name}: {error}"}
+            except Exception as error:  # noqa: BLE001  the others wait, whatever it was: memory that ran out, most likely
+                failed, outcome = error, outcome_of(error, self._world.rank)
+                head = {"failed": outcome.code, "message": outcome.message}
             else:
                 head = {"layers": {name: _describe(factors) for name, factors in read.items()}}
         head = self._world.broadcast_json(head)
-        if "error" in head:
+        if "layers" not in head:
             self._rewrite({})
             self._applied = ()
+            if "failed" in head:
+                raise failed or PreparationError(head["failed"], head["message"])
             raise LoraError(head["error"])
         received = self._broadcast(read, head["layers"])
         self._cache.put(key, received)

@@ -30,7 +30,8 @@ _RESERVE_SHARE = 0.08
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobShape:
-    """What of a job decides its memory. `frame_inputs`: whether the VAE also encodes (images, videos)."""
+    """What of a job decides its memory. `frame_inputs`: whether the VAE also encodes (images, videos). `references`:
+    images that are denoised along as latent frames of their own."""
 
     height: int
     width: int
@@ -39,10 +40,12 @@ class JobShape:
     tiled: bool = False
     step_cache: bool = False
     frame_inputs: bool = False
+    references: int = 0
 
     @property
     def latent_frames(self) -> int:
-        return (self.num_frames - 1) // 4 + 1
+        """Of what is denoised."""
+        return (self.num_frames - 1) // 4 + 1 + self.references
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -187,7 +187,9 @@ class _Loader:
         names = list(module.state_dict())
         allocated: Future[dict[str, Destination]] = Future()
         if on_host:
-            gpu = self._world.device if self._world.device.type == "cuda" else None
+            # Managed layers come back to memory of their own: page-locked, they would have both.
+            pins = self._world.device.type == "cuda" and not self._manages(attribute)
+            gpu = self._world.device if pins else None
             allocate = partial(_allocate, module, self._dtype, device, pinned_for=gpu)
             self._hosted.append((allocated, allocate))
         else:

@@ -32,10 +32,15 @@ class OffloadedModels:
         for name in self._on_device - wanted:
             for tensor, host in self._hosted[name]:
                 tensor.data = host
-        for name in wanted - self._on_device:
-            for tensor, host in self._hosted[name]:
-                tensor.data = host.to(self._device, non_blocking=True)
-        self._on_device = wanted
+        arriving = wanted - self._on_device
+        self._on_device = wanted  # also what only a part of has come, should there be no room for more
+        try:
+            for name in arriving:
+                for tensor, host in self._hosted[name]:
+                    tensor.data = host.to(self._device, non_blocking=True)
+        except BaseException:
+            self.load([])
+            raise
 
 
 def stream_blocks(encoder: Any, device: torch.device) -> None:

@@ -109,23 +109,29 @@ def possible_degrees(
 ) -> Iterator[ParallelDegrees]:
     """Every split that works, without those that a pin rules out."""
     pinned = pinned or PinnedDegrees()
+    every = list(_every_split(world_size=world_size, num_heads=num_heads, guided=guided))
+    honouring = [
+        each
+        for each in every
+        if (not guided or pinned.cfg_degree in (None, each.cfg_degree))
+        and pinned.ulysses_degree in (None, each.ulysses_degree)
+        and pinned.ring_degree in (None, each.ring_degree)
+    ]
+    # The pins are for jobs with guidance: where cfg_degree 2 is among them, there may be no split for one without.
+    yield from honouring if guided or honouring else every
+
+
+def _every_split(*, world_size: int, num_heads: int, guided: bool) -> Iterator[ParallelDegrees]:
     for cfg_degree in (2, 1):
         if world_size % cfg_degree or (cfg_degree == 2 and not guided):
             continue
-        if pinned.cfg_degree not in (None, cfg_degree) and guided:
-            continue  # a job without guidance cannot honour cfg_degree 2: it gets the best of the rest
         sequence_degree = world_size // cfg_degree
         for ulysses_degree in range(sequence_degree, 0, -1):
             if sequence_degree % ulysses_degree or num_heads % ulysses_degree:
                 continue
-            degrees = ParallelDegrees(
+            yield ParallelDegrees(
                 cfg_degree=cfg_degree, ulysses_degree=ulysses_degree, ring_degree=sequence_degree // ulysses_degree
             )
-            if guided and pinned.ulysses_degree not in (None, ulysses_degree):
-                continue
-            if guided and pinned.ring_degree not in (None, degrees.ring_degree):
-                continue
-            yield degrees
 
 
 def check_pins(*, world_size: int, num_heads: int, pinned: PinnedDegrees) -> None:

@@ -81,9 +81,11 @@ class World:
             world_size=launch.world_size,
             local_rank=launch.local_rank,
             backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=TENSOR_TIMEOUT,
         )
         self._outcomes = dist.PrefixStore("reeld/outcome", store)
         self._sequence = 0
+        self._unheard: list[tuple[Any, torch.Tensor]] = []
 
     @property
     def memory_capacity_bytes(self) -> int | None:
@@ -100,6 +102,9 @@ class World:
         data = encode_command(command) if command is not None else b""
         self._sequence += 1
         kind, data = self._broadcast_message(_COMMAND, data)
+        for work, _ in self._unheard:  # received by now: messages keep their order
+            work.wait()
+        self._unheard.clear()
         while kind != _COMMAND:  # what rank 0 still said of a job that this rank had already given up
             kind, data = self._broadcast_message(_COMMAND, b"")
         return decode_command(data)
@@ -113,6 +118,20 @@ class World:
         if kind != _JSON:
             raise RuntimeError("rank 0 sent a command while this rank was still at the last one")
         return json.loads(data)
+
+    def say_json(self, value: Any) -> None:
+        """On rank 0 alone: what the peers, if they still wait in `broadcast_json`, are to get as its answer.
+
+        Waits for nobody, where a broadcast would wait until each peer has received it: peers that failed as well have
+        left, and hear it only on their way to the next command, which passes it over.
+        """
+        if self.world_size == 1:
+            return
+        data = json.dumps(value).encode()
+        header = torch.tensor([_JSON, len(data)], dtype=torch.int64)
+        for tensor in (header, torch.frombuffer(bytearray(data), dtype=torch.uint8)):
+            work = dist.broadcast(tensor, src=0, group=self._control, async_op=True)
+            self._unheard.append((work, tensor))
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Called by every rank, with contiguous tensors on its device, of the same shapes and dtypes on all.

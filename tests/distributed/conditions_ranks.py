@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def main() -> None:
         pipeline = load(models, model, dtype, world)
         cache = PromptCache()
         given = arguments | {"seed": 5} if world.rank == 0 else {}
-        made = prepare_conditions(pipeline, given, world, prompts=cache, share_vae=False)
+        made = prepare_conditions(pipeline, functools.partial(dict, given), world, prompts=cache, share_vae=False)
         report[name] = digests(made) | {"timesteps": pipeline.scheduler.timesteps.tolist()}
         if world.rank == 0:
             report[f"{name}-expected"] = digests_of_calls(record(pipeline, given))
@@ -59,7 +59,7 @@ def main() -> None:
     for name, changed in shared:
         pipeline = load(models, "tiny-i2v", "float32", world, keep_vae=True)
         given = changed | {"seed": 5} if world.rank == 0 else {}
-        made = prepare_conditions(pipeline, given, world, prompts=PromptCache())
+        made = prepare_conditions(pipeline, functools.partial(dict, given), world, prompts=PromptCache())
         report[name] = digests(made)
         if world.rank == 0:
             expected = record(pipeline, given)[0]["y"]
@@ -160,7 +160,7 @@ def encoder_runs(models: Path, world: World) -> list[int]:
         ("a cat", "blurry", 5.0),  # 1 more
     ):
         arguments = SHAPE | {"prompt": prompt, "negative_prompt": negative, "cfg_scale": cfg_scale, "seed": 5}
-        prepare_conditions(pipeline, arguments if world.rank == 0 else {}, world, prompts=cache, share_vae=False)
+        prepare_conditions(pipeline, functools.partial(dict, arguments), world, prompts=cache, share_vae=False)
         runs.append(count)
     return runs
 
@@ -170,15 +170,19 @@ def failures(models: Path, world: World) -> list[Any]:
     pipeline = load(models, "tiny-i2v", "float32", world)
     outcomes: list[Any] = []
     good = PROMPTS | SHAPE | {"seed": 5}
-    for bad in ({"input_image": "no image"}, {"no_such_argument": 1}, {"seed": "many"}):
+
+    def unopened() -> dict[str, Any]:
+        raise MemoryError("no room for the frames")
+
+    bad: list[Callable[[], Mapping[str, Any]]]
+    bad = [functools.partial(dict, good | each) for each in ({"input_image": "no image"}, {"seed": "many"}, {"no": 1})]
+    for arguments in [*bad, unopened]:
         try:
-            prepare_conditions(
-                pipeline, good | bad if world.rank == 0 else {}, world, prompts=PromptCache(), share_vae=False
-            )
+            prepare_conditions(pipeline, arguments, world, prompts=PromptCache(), share_vae=False)
         except Exception as error:  # noqa: BLE001  whatever it is, is the subject
             outcome = outcome_of(error, world.rank)
             outcomes.append([outcome.code, outcome.message])
-    made = prepare_conditions(pipeline, good if world.rank == 0 else {}, world, prompts=PromptCache(), share_vae=False)
+    made = prepare_conditions(pipeline, lambda: good, world, prompts=PromptCache(), share_vae=False)
     return [*outcomes, digest(made.shared["latents"])]
 
 

@@ -76,6 +76,7 @@ def _predict(
         num_frames=plan.num_frames,
         tiled=plan.tiled,
         frame_inputs=bool(plan.input_image or plan.vace_reference_image),
+        references=int(plan.vace_reference_image is not None),
     )
     settings = MemorySettings(case["strategy"])
     found = predict_memory(sizes, shape, degrees=degrees, dtype=case["dtype"], memory=settings, on_gpu=False)[rank]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from parallel import lora as lora_module
 from parallel.engine import generate_frames
 from parallel.model import LoadedModel, load_model
-from parallel.outcome import Stop
+from parallel.outcome import Stop, outcome_of
 from parallel.plan import Generate, GenerationPlan, LoraPlan
 from parallel.profile import check_model_folder, load_profile
 from parallel.split import PinnedDegrees
@@ -79,6 +79,26 @@ def fail_on_the_last_rank(model: LoadedModel, world: World, plan: GenerationPlan
     return hash_weights(model, world)
 
 
+def fail_to_read(model: LoadedModel, world: World, plan: GenerationPlan) -> list[str]:
+    """Rank 0 runs out of memory over a file: every rank hears of it, as that. Returns the hashes afterwards."""
+    whole = lora_module._read_file
+
+    def read(*_: Any) -> Any:
+        raise MemoryError("pretended")
+
+    lora_module._read_file = read  # type: ignore[assignment]
+    caught: Exception | None = None
+    try:
+        model.loras.set([replace(lora, version="another") for lora in plan.loras])
+    except Exception as error:  # noqa: BLE001  whatever it is, is the subject
+        caught = error
+    finally:
+        lora_module._read_file = whole
+    assert outcome_of(caught, world.rank).code == "out_of_memory"
+    assert model.loras.applied == ()
+    return hash_weights(model, world)
+
+
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     world = join(read_launch(), device_kind="cpu")
@@ -104,6 +124,7 @@ def main() -> None:
         model.loras.set(())
         hashes[f"{dtype} after"] = hash_weights(model, world)
         hashes[f"{dtype} failed"] = fail_on_the_last_rank(model, world, plan_of(cases["cases"][1], cases["arguments"]))
+        hashes[f"{dtype} unread"] = fail_to_read(model, world, plan_of(cases["cases"][1], cases["arguments"]))
     if world.rank == 0:
         save_file(frames, sys.argv[2])
         Path(sys.argv[2] + ".json").write_text(json.dumps(hashes))

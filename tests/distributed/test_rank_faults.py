@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from ops.private_broker import PrivateBroker
 from tests.harness import Ear, Faults, Seen, Worker, fresh_vhost, idle, job, publish, take, write_config
@@ -135,18 +136,21 @@ def test_row_16_job_that_always_kills(running: Running) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("where", [{"step": 1}, {"module": "Decoder3d"}], ids=["step", "decode"])
-def test_row_17_out_of_memory_on_all(running: Running, where: dict[str, Any]) -> None:
-    """Out of memory on every rank, in a step or while they decode: failed for good at this shape, the processes live
-    on, the next job is clean."""
-    message = job()
-    running.faults.tell(message, "oom", rank=None, **where)
+@pytest.mark.parametrize("where", ["DiTBlock", "Encoder3d", "Decoder3d"])
+def test_row_17_out_of_memory_on_all(running: Running, where: str) -> None:
+    """Out of memory on every rank, in a step or while they encode or decode: failed for good at this shape, the
+    processes live on, the next job is clean."""
+    image = running.folder / "image.png"
+    Image.new("RGB", (96, 64), "teal").save(image)
+    of_image = {"task": "image_to_video", "inputs": {"input_image": image.as_uri()}}
+    message = job(**(of_image if where == "Encoder3d" else {}))
+    running.faults.tell(message, "oom", rank=None, module=where, step=1)
     before = running.pids()
     failed = running.do(message)
     assert (failed.name, failed.data["code"], failed.data["retryable"]) == ("failed", "out_of_memory", False)
     running.ended_once(message, "failed")
     assert len(running.ear.all(job_id=message["job_id"], name="started")) == 1
-    assert running.do(job()).name == "succeeded"
+    assert running.do(job(**of_image)).name == "succeeded"
     assert running.pids() == before
     codes = [properties.headers["x-reeld-code"] for properties, _ in take(running.url, "reeld.jobs.test.dead")]
     assert codes == ["out_of_memory"]

@@ -46,7 +46,7 @@ class _Faults:
 
     def before_forward(self, module: Any, arguments: Any) -> None:
         name = type(module).__name__
-        if name not in ("DiTBlock", "WanTextEncoder", "Decoder3d"):
+        if name not in ("DiTBlock", "WanTextEncoder", "Encoder3d", "Decoder3d"):
             return
         import structlog
 

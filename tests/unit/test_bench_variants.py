@@ -19,3 +19,12 @@ def test_plain_diffsynth_is_also_measured_without_what_was_added(monkeypatch: py
         by_torch = wan_video_dit.flash_attention(q, k, v, num_heads=2)
     assert torch.equal(by_torch, wan_video_dit.flash_attention(q, k, v, num_heads=2, compatibility_mode=True))
     assert wan_video_dit.FLASH_ATTN_3_AVAILABLE
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_a_shape_has_the_tokens_of_the_models_own_vae() -> None:
+    """As Wan's reports count them: TI2V-5B's VAE folds 16 pixels, others eight, and a token is two latents wide."""
+    from parallel.bench_variants import Case
+
+    assert Case(height=480, width=832, num_frames=81).num_tokens == 32_760
+    assert Case(height=704, width=1280, num_frames=121, vae_factor=16).num_tokens == 27_280

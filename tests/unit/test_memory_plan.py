@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from daemon.admission import check_fits
+from daemon.admission import check_fits, predict_plan
 from daemon.config import Config
 from daemon.errors import PermanentJobError
 from parallel.plan import GenerationPlan
@@ -17,6 +17,25 @@ from parallel.profile import check_model_folder, load_profile
 from parallel.sizes import ModelSizes, read_sizes
 from parallel.strategy import MemorySettings
 from tests.unit.layouts import write_sparse_folder
+
+PLAN = GenerationPlan(
+    job_id="a",
+    attempt=1,
+    task="text_to_video",
+    model="14b",
+    prompt="",
+    negative_prompt="",
+    seed=1,
+    height=720,
+    width=1280,
+    num_frames=81,
+    num_inference_steps=50,
+    cfg_scale=5.0,
+    sigma_shift=5.0,
+    switch_boundary=0.875,
+    input_image=None,
+    time_limit_seconds=60,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,30 +127,24 @@ def test_a_strategy_that_cannot_work_is_a_usage_error(folder: Path) -> None:
 def test_a_job_that_cannot_fit_is_refused(sizes: ModelSizes) -> None:
     """`out_of_memory`, permanent, at `parameters`, with the figures; what fits is not refused."""
     config = Config(models=[{"profile": "wan2.1-t2v-14b", "path": "/models"}])
-    plan = GenerationPlan(
-        job_id="a",
-        attempt=1,
-        task="text_to_video",
-        model="14b",
-        prompt="",
-        negative_prompt="",
-        seed=1,
-        height=720,
-        width=1280,
-        num_frames=81,
-        num_inference_steps=50,
-        cfg_scale=5.0,
-        sigma_shift=5.0,
-        switch_boundary=0.875,
-        input_image=None,
-        time_limit_seconds=60,
-    )
-    check_fits(plan, {"14b": sizes}, config, capacity_bytes=80 * 10**9)
+    check_fits(PLAN, {"14b": sizes}, config, capacity_bytes=80 * 10**9)
     with pytest.raises(
         PermanentJobError, match=r"1280x720 with 81 frames would need 4\d\.\d\d GiB on rank 0"
     ) as caught:
-        check_fits(plan, {"14b": sizes}, config, capacity_bytes=48 * 10**9)
+        check_fits(PLAN, {"14b": sizes}, config, capacity_bytes=48 * 10**9)
     assert (caught.value.code, caught.value.path, caught.value.retryable) == ("out_of_memory", "parameters", False)
-    check_fits(replace(plan, height=480, width=832), {"14b": sizes}, config, capacity_bytes=48 * 10**9)
+    check_fits(replace(PLAN, height=480, width=832), {"14b": sizes}, config, capacity_bytes=48 * 10**9)
     with pytest.raises(PermanentJobError):
-        check_fits(plan, {"14b": sizes, "other": sizes}, config, capacity_bytes=80 * 10**9)
+        check_fits(PLAN, {"14b": sizes, "other": sizes}, config, capacity_bytes=80 * 10**9)
+
+
+@pytest.mark.parametrize("given", ["vace_video", "vace_video_mask", "vace_reference_image", "reference_image"])
+def test_what_an_input_has_the_ranks_do_is_counted(given: str, sizes: ModelSizes) -> None:
+    """Each of them is encoded by the VAE, and a reference image is denoised along, a latent frame more."""
+    config = Config(models=[{"profile": "wan2.1-t2v-14b", "path": "/models"}])
+    (without,) = predict_plan(PLAN, {"14b": sizes}, config)
+    input_: dict[str, Any] = {given: "/staged"}
+    (with_it,) = predict_plan(replace(PLAN, **input_), {"14b": sizes}, config)
+    assert set(with_it.phases) - set(without.phases) == {"encode_frames"}
+    units = with_it.phases["denoise"]["activations"] / without.phases["denoise"]["activations"]
+    assert units == pytest.approx(22 / 21 if "reference" in given else 1)

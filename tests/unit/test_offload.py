@@ -1,4 +1,4 @@
-"""A text encoder whose blocks come to the device two at a time."""
+"""Models that come to the device to work: whole ones, and a text encoder of which two blocks come at a time."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 
-from parallel.offload import stream_blocks
+from parallel.offload import OffloadedModels, stream_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -50,3 +50,35 @@ def test_a_call_that_breaks_off_leaves_nothing(encoder: Any, monkeypatch: pytest
     assert [tensor.data_ptr() for tensor in encoder.blocks.parameters()] == host
     expected = whole(IDS.to(DEVICE), MASK.to(DEVICE))
     assert torch.equal(encoder(IDS.to(DEVICE), MASK.to(DEVICE)), expected)
+
+
+def test_a_model_for_which_there_is_no_room_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had come of it goes back, and so does what was there before, as the next one's load expects."""
+    models = {name: torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3))) for name in ("one", "two")}
+    weights = {name: [tensor.data_ptr() for tensor in model.parameters()] for name, model in models.items()}
+    offloaded = OffloadedModels(models, DEVICE)
+    room = 6 + 4
+
+    def to(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise torch.OutOfMemoryError("no room")
+        return tensor.clone()  # so that a CPU is another place, too
+
+    def moved() -> dict[str, int]:
+        return {
+            name: sum(tensor.data_ptr() != host for tensor, host in zip(model.parameters(), weights[name], strict=True))
+            for name, model in models.items()
+        }
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    offloaded.load(["one"])
+    assert moved() == {"one": 6, "two": 0}
+    with pytest.raises(torch.OutOfMemoryError):
+        offloaded.load(["two"])
+    assert moved() == {"one": 0, "two": 0}
+    room = 100
+    for name in ("one", "two"):
+        offloaded.load([name])
+        assert moved() == {"one": 0, "two": 0, name: 6}

@@ -86,6 +86,12 @@ def test_a_pin_is_kept() -> None:
     assert chosen(LARGE, 4, ring_degree=4) == (1, 1, 4)
 
 
+def test_a_job_without_guidance_keeps_the_pins_that_leave_it_a_split() -> None:
+    assert chosen(LARGE, 4, guided=False, cfg_degree=1, ulysses_degree=2, ring_degree=2) == (1, 2, 2)
+    assert chosen(LARGE, 2, guided=False, ulysses_degree=1) == (1, 1, 2)
+    assert chosen(LARGE, 4, guided=False, cfg_degree=2, ulysses_degree=2, ring_degree=1) == (1, 4, 1), "there is none"
+
+
 def test_a_pin_that_cannot_work_is_refused_at_start() -> None:
     """The refusal names the pins and lists the splits that are possible."""
     with pytest.raises(ValueError, match=r"ulysses_degree 5 .*possible are 2 x 4 x 1; 2 x 2 x 2; 2 x 1 x 4; 1 x 4 x 2"):
