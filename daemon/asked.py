@@ -5,6 +5,7 @@ Owns these wishes and the waits that they cut short. Leaves out obeying them (`d
 
 import threading
 import time
+from concurrent.futures import Future
 
 from daemon.cancellations import Cancellations
 from daemon.errors import JobCancelled, JobHandedBack
@@ -22,7 +23,8 @@ class Asked:
         self._drain_seconds = drain_seconds
         self._drain_deadline: float | None = None
         self._hand_back = False
-        # Reentrant, because a signal handler may come in while the main thread holds it.
+        # Reentrant, because a signal handler may come in while the main thread holds it. Whoever holds it waits for no
+        # other lock: the main thread, which the handler has interrupted, may be the one that has that.
         self._changed = threading.Condition(threading.RLock())
 
     def drain(self, reason: str) -> None:
@@ -41,11 +43,15 @@ class Asked:
                 self._hand_back = True
             self._changed.notify_all()
 
-    def cancel(self, job_id: str) -> None:
-        """End this job: the one in hand, or whenever it is met."""
+    def cancel(self, job_id: str) -> Future[None]:
+        """End this job: the one in hand, or whenever it is met. Holds the caller up for no disk.
+
+        What it returns is done once the cancel is in its file, so that a restart knows of it too.
+        """
+        kept = self.cancelled.add(job_id)
         with self._changed:
-            self.cancelled.add(job_id)
             self._changed.notify_all()
+        return kept
 
     def stop(self, job_id: str) -> Stop:
         """Whether this job must stop before its next step."""

@@ -7,6 +7,7 @@ is known whether the broker blocks publishers. Leaves out what is done on a conn
 
 import contextlib
 import random
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ LOST = (pika.exceptions.AMQPError, OSError)
 
 # AMQP's access-refused and not-allowed: what RabbitMQ closes a connection with that it does not want.
 _REFUSALS = (403, 530)
+# 530 is also what RabbitMQ closes a connection with that is one too many, for its user or its virtual host. That may
+# pass: connections that were lost count until the broker has missed their heartbeats. No other field tells them apart.
+_LIMIT = re.compile(r"connection limit \(\d+\) is reached")
 _ENDED = (pika.exceptions.StreamLostError, pika.exceptions.ConnectionClosedByBroker)
 _TICK_SECONDS = 1.0
 _SILENT_SECONDS = 2
@@ -65,7 +69,11 @@ class _Watched(SelectConnection):  # type: ignore[misc]  # pika ships no types
     def _on_stream_terminated(self, error: Exception | None) -> None:
         # pika takes whatever ends a login, a reset or a broker's shutdown too, for a refused password or virtual host.
         lost = self._error if error is None else error
-        refused = isinstance(lost, pika.exceptions.ConnectionClosedByBroker) and lost.reply_code in _REFUSALS
+        refused = (
+            isinstance(lost, pika.exceptions.ConnectionClosedByBroker)
+            and lost.reply_code in _REFUSALS
+            and not _LIMIT.search(lost.reply_text)
+        )
         if not self._opened and isinstance(lost, _ENDED) and not refused:
             error = _LoginLostError(f"ended before the login was through, by {lost!r}")
         super()._on_stream_terminated(error)
@@ -160,7 +168,7 @@ def connect(broker: BrokerConfig, *, name: str) -> Connection:
     except pika.exceptions.ProbableAccessDeniedError as error:
         raise CredentialsError(
             f"{shown}: the broker refused the virtual host {parameters.virtual_host!r}: it is not there, or the user"
-            " has no permissions on it (docs/brokers.md)"
+            f" has no permissions on it (docs/brokers.md); it says {error}"
         ) from error
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(f"{shown}: the broker's certificate is not trusted: {error.verify_message}") from error

@@ -18,6 +18,7 @@ import structlog
 from pika.adapters.blocking_connection import BlockingChannel
 
 from daemon.connection import LOST, Connection, connect_with_backoff
+from daemon.copies import short_text
 from daemon.delivery import Delivery, read_delivery
 from daemon.errors import ConfigError, FatalError
 from daemon.events import heartbeat_key
@@ -128,6 +129,11 @@ class Consumer:
                 connection.add_callback_threadsafe(lambda: None)  # ends the wait
         self._thread.join(timeout_seconds)
 
+    def fail(self, error: FatalError) -> None:
+        """Has whoever takes the deliveries end with this error. For any thread."""
+        self.fatal = error
+        self.deliveries.put(None)
+
     def _settle(self, delivery: Delivery, what: str, settle: Callable[[BlockingChannel], None]) -> None:
         connection = self._connection
         done = threading.Event()
@@ -191,6 +197,7 @@ class Consumer:
         try:
             self._serve(connection)
         except LOST as error:
+            self._broken_since = None  # an outage is no time in which somebody could have mended the topology
             self.status = f"connection lost: {type(error).__name__}"
             self.trouble = "disconnected"
             log.warning("connection_lost", reason=repr(error))
@@ -290,10 +297,14 @@ class Consumer:
         self.deliveries.put(read_delivery(method, properties, body, generation=self._generation))
 
     def _on_control_message(self, _channel: BlockingChannel, method: Any, _properties: Any, body: bytes) -> None:
-        if method.exchange == self._topology.control_exchange:
-            self._on_control(method.routing_key)
-        elif self._on_heartbeat is not None:
-            self._on_heartbeat(body)
+        routing_key = short_text(method.routing_key) or ""
+        try:
+            if method.exchange == self._topology.control_exchange:
+                self._on_control(routing_key)
+            elif self._on_heartbeat is not None:
+                self._on_heartbeat(body)
+        except Exception:  # whoever may publish there reaches every worker: no message may end this thread
+            log.exception("control_failed", routing_key=routing_key)
 
     def _on_cancel(self, _frame: Any) -> None:
         self._cancelled_by_broker = True
@@ -303,5 +314,6 @@ class Consumer:
         connection.process_data_events(time_limit=0)
 
     def _on_retry(self, reason: str, delay_seconds: float) -> None:
+        self._broken_since = None
         self.status = f"waiting for the broker: {reason}"
         log.warning("broker_unavailable", reason=reason, retry_in_seconds=round(delay_seconds, 2))

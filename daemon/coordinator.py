@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
@@ -118,11 +118,12 @@ class Coordinator:
             return
         # What runs is asked before it can hear of the cancel.
         running, finishing = self._job_id == job_id, self._finisher.has(job_id)
-        self._asked.cancel(job_id)
-        # On a thread of its own: it reads the storage, and the consumer's must not wait for that.
-        self._answers.submit(self._answer_cancel, job_id, running=running, finishing=finishing)
+        kept = self._asked.cancel(job_id)
+        # On a thread of its own: it waits for the disk and reads the storage, and the consumer's must do neither.
+        self._answers.submit(self._answer_cancel, job_id, kept, running=running, finishing=finishing)
 
-    def _answer_cancel(self, job_id: str, *, running: bool, finishing: bool) -> None:
+    def _answer_cancel(self, job_id: str, kept: Future[None], *, running: bool, finishing: bool) -> None:
+        kept.result()  # the answer says how long it is remembered, over restarts
         state = "running" if running else "finishing" if finishing else "unknown"
         with contextlib.suppress(JobError):  # the storage is away
             if self._finisher.has_manifest(job_id):
@@ -233,6 +234,8 @@ class Coordinator:
         self._reporter.job("accepted", job, {})
         draft = draft_plan(job, self._profiles, self._config.limits)
         model = self._context.models[draft.plan.model]
+        if job.message.loras:
+            self._context.state.set("staging", job_id=job.job_id, phase="stage")
         loras = resolve_loras(job.message.loras, self._config.loras, model.loras.shapes)
         try:
             plan = self._split(replace(self._stage(job, draft), loras=loras))
@@ -274,10 +277,12 @@ class Coordinator:
         if not draft.input_uris:
             return draft.plan
 
-        def stage() -> GenerationPlan:
+        def begin() -> None:
             self._context.state.set("staging", job_id=job.job_id, phase="stage")
+
+        def stage() -> GenerationPlan:
             try:
-                return stage_inputs(draft, self._scratch.folder() / job.job_id, self._config.inputs)
+                return stage_inputs(draft, self._scratch.folder() / job.job_id, self._config.inputs, begin=begin)
             except OSError as error:
                 raise TransientJobError(ErrorCode.STORAGE_UNAVAILABLE, f"work directory: {error}") from error
 

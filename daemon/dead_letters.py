@@ -25,6 +25,8 @@ from daemon.job import salvage_job_id
 from daemon.reporter import TIME_HEADER
 from daemon.sections import BrokerConfig
 
+# A larger body is not parsed for its job's id: a hostile one costs many times its size.
+_PARSED_BYTES = 1 << 20
 _REASONS_KEPT = 5
 _REASON_CHARACTERS = 500
 # The broker's word for a letter that was delivered too often.
@@ -33,7 +35,10 @@ _DELIVERY_LIMIT = "delivery_limit"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """A dead letter with its reason. `died_at` is Unix time in seconds, None when nobody noted it."""
+    """A dead letter with its reason. `died_at` is Unix time in seconds, None when nobody noted it.
+
+    `job_id` is the one that a worker noted; else the body's, if that has at most 1 MiB; else the message_id.
+    """
 
     delivery_tag: int
     body: bytes
@@ -170,6 +175,7 @@ def _read(delivery_tag: int, properties: Any, body: bytes) -> DeadLetter:
     headers = dict(properties.headers or {})
     message_id = short_text(properties.message_id)
     code, message, died_at = _reason(headers)
+    parsed = body if len(body) <= _PARSED_BYTES else b""
     return DeadLetter(
         delivery_tag=delivery_tag,
         body=body,
@@ -179,7 +185,7 @@ def _read(delivery_tag: int, properties: Any, body: bytes) -> DeadLetter:
         reply_to=short_text(properties.reply_to),
         priority=properties.priority,
         content_type=short_text(properties.content_type),
-        job_id=_text(headers, "x-reeld-job-id") or salvage_job_id(body, message_id),
+        job_id=_text(headers, "x-reeld-job-id") or salvage_job_id(parsed, message_id),
         code=code,
         message=message,
         path=_text(headers, "x-reeld-path") or None,

@@ -17,6 +17,10 @@ EXPIRES_HEADER = "x-reeld-expires-at"
 LOST_HEADER = "x-reeld-lost"
 
 
+_MOST = 1_000_000  # of attempts and losses, which a publisher may have made up
+_LAST_SECOND = 253_402_300_799  # of the year 9999: what is later is no time in seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A message as it came. `generation` numbers the channel it came on: an ack on another would be a lie."""
@@ -35,7 +39,7 @@ class Delivery:
     expires_at: float | None
     """When the publisher stops caring, as Unix time in seconds (the AMQP property `expiration`, a time to live)."""
     published_at: int | None = None
-    """The AMQP property `timestamp`: Unix time in whole seconds, where the publisher says it."""
+    """The AMQP property `timestamp`, Unix time in whole seconds, where the publisher says one that can be."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -55,7 +59,7 @@ class Delivery:
     def attempt(self) -> int:
         """Which try this is, from 1 on."""
         attempt = self.headers.get(ATTEMPT_HEADER, 1)
-        return int(attempt) if isinstance(attempt, int) and attempt >= 1 else 1
+        return min(int(attempt), _MOST) if isinstance(attempt, int) and attempt >= 1 else 1
 
     @property
     def traceparent(self) -> str | None:
@@ -65,7 +69,7 @@ class Delivery:
 
     def _count(self, name: str) -> int:
         count = self.headers.get(name, 0)
-        return max(0, count) if isinstance(count, int) else 0  # pika's own long is an int
+        return min(max(0, int(count)), _MOST) if isinstance(count, int) else 0  # pika's own long is an int
 
 
 def read_delivery(method: Any, properties: Any, body: bytes, *, generation: int) -> Delivery:
@@ -84,7 +88,7 @@ def read_delivery(method: Any, properties: Any, body: bytes, *, generation: int)
         priority=properties.priority,
         headers=headers,
         expires_at=_expires_at(properties, headers),
-        published_at=properties.timestamp,
+        published_at=_published_at(properties),
     )
 
 
@@ -94,10 +98,17 @@ def _expires_at(properties: Any, headers: dict[str, Any]) -> float | None:
     The broker says nothing of how long a message has waited. It dead-letters by itself what expires in the queue.
     """
     from_copy = headers.get(EXPIRES_HEADER)
-    if isinstance(from_copy, int):  # pika reads a long as an int of its own
-        return from_copy / 1000
     try:
-        time_to_live = int(properties.expiration) / 1000
-    except (TypeError, ValueError):
+        if isinstance(from_copy, int):  # pika reads a long as an int of its own
+            expires_at = from_copy / 1000
+        else:
+            expires_at = (_published_at(properties) or time.time()) + int(properties.expiration) / 1000
+    except (TypeError, ValueError, OverflowError):
         return None
-    return (properties.timestamp or time.time()) + time_to_live
+    return expires_at if 0 <= expires_at <= _LAST_SECOND else None
+
+
+def _published_at(properties: Any) -> int | None:
+    """Some clients count in milli- or nanoseconds, which AMQP does not: then it is not known."""
+    timestamp = properties.timestamp
+    return timestamp if isinstance(timestamp, int) and 0 <= timestamp <= _LAST_SECOND else None

@@ -118,7 +118,10 @@ class Finisher:
         Returns whether the event was confirmed; if not, the delivery is handed back.
         Raises PermanentJobError when another request was done under this id.
         """
+        # A file server that is away may not even say so.
+        self._state.set("settling", job_id=job.job_id, phase="stage")
         manifest = self._storage.read_manifest(job.job_id)
+        self._state.set("settling", job_id=job.job_id)
         if manifest is None:
             return None
         _check_same_request(manifest, job)

@@ -36,6 +36,10 @@ TaskName = Literal[
 ]
 
 
+class OversizedBodyError(PermanentJobError):
+    """Raised when a body is over the limit: nothing of it is parsed, not for the id that it meant either."""
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -142,10 +146,11 @@ def parse_job_message(body: bytes, *, max_body_bytes: int) -> JobMessage:
     """Parses and validates a message body.
 
     Raises PermanentJobError(malformed_job), whose `path` is the first wrong field and whose message lists
-    all.
+    all; OversizedBodyError before anything is parsed.
     """
     if len(body) > max_body_bytes:
-        raise _malformed(f"the body has {len(body)} bytes; at most {max_body_bytes} are read", path="")
+        text = f"the body has {len(body)} bytes; at most {max_body_bytes} are read"
+        raise OversizedBodyError(ErrorCode.MALFORMED_JOB, text, path="(body)")
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -202,7 +207,10 @@ def make_job(
 
 
 def salvage_job_id(body: bytes, message_id: str | None) -> str | None:
-    """The id a malformed job meant, so that its publisher hears of the failure; None when there is none."""
+    """The id a malformed job meant, so that its publisher hears of the failure; None when there is none.
+
+    Parses all of `body`: its size is the caller's to check.
+    """
     try:
         document = json.loads(body)
         job_id = document.get("job_id") if isinstance(document, dict) else None

@@ -6,12 +6,13 @@ does (`daemon.rank`), what systemd is told (`daemon.service_state`) and what can
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -57,7 +58,7 @@ def run(config: Config, config_path: Path | None) -> int:
     notifier = Notifier.from_environment()
     check(config, make_folders=True)
     nproc = _resolve_nproc(config)
-    with tempfile.TemporaryDirectory(prefix="reeld-") as runtime:
+    with tempfile.TemporaryDirectory(prefix="reeld-") as runtime, _kept(Path(runtime)):
         format_ = log_format_for_ranks(config.log.format)
         os.environ[LOCK_VARIABLE] = str(Path(runtime) / "log.lock")
         os.environ[RUNTIME_VARIABLE] = runtime
@@ -80,6 +81,18 @@ def run(config: Config, config_path: Path | None) -> int:
             return _Launcher(config, nproc, Path(runtime), ServiceState(notifier, nproc=nproc)).run()
         finally:
             finish_logs()
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Holds a lock by which systemd-tmpfiles leaves a folder alone: what in it is written once, such as the mark that
+    the ranks heed signals, would be cleaned away by age. Source: tmpfiles.d(5), "Age"."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _DrainedWhileStarting(BaseException):

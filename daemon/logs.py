@@ -184,7 +184,8 @@ def setup_logs(
     for_people: list[Any] = [
         plain,
         structlog.processors.TimeStamper("%H:%M:%S", utc=False),
-        structlog.dev.ConsoleRenderer(),
+        # rich's tracebacks, the default where it is installed, show variables: a URL with its password, a prompt.
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
     ]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared, processors=for_people if console else as_json

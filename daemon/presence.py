@@ -68,5 +68,5 @@ def _read(body: bytes) -> dict[str, Any] | None:
             "pid": data["pid"],
             "sent_at": str(event["time"]),  # in UTC and of one length, so that it sorts
         }
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

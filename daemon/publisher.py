@@ -31,6 +31,7 @@ log = structlog.get_logger("publisher")
 _ACCESS_REFUSED = 403
 _IDLE_SECONDS = 1.0
 _OFFERED_AT_MOST = 100
+_REJECTED_PASSING = 1  # so often in a row it may be a queue's leader that moves
 
 
 @dataclass(slots=True)
@@ -38,13 +39,25 @@ class _Request:
     message: Message
     done: "concurrent.futures.Future[None]" = field(default_factory=concurrent.futures.Future)
     failures: int = 0
+    rejected: int = 0  # by a broker that could have taken it
 
 
 class Publisher:
-    """Publishes over one connection with confirms, from a thread of its own. `status` says how that goes."""
+    """Publishes over one connection with confirms, from a thread of its own. `status` says how that goes.
 
-    def __init__(self, broker: BrokerConfig, *, worker_id: str, measurements: Measurements = SILENT) -> None:
+    `on_failed` is called in that thread when it ends by a fault of its own; nothing is published any more.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        *,
+        worker_id: str,
+        on_failed: Callable[[FatalError], None] = lambda _error: None,
+        measurements: Measurements = SILENT,
+    ) -> None:
         self._broker = broker
+        self._on_failed = on_failed
         self._measurements = measurements
         self._connected_before = False
         self._worker_id = worker_id
@@ -57,6 +70,7 @@ class Publisher:
         self._connection: Connection | None = None
         self._channel: BlockingChannel | None = None
         self._refused: str | None = None  # the permission that the message at hand lacks
+        self._rejected: tuple[_Request, str] | None = None  # what the broker takes back again and again, and why
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._status = "connecting"
 
@@ -69,23 +83,29 @@ class Publisher:
         blocked = connection.blocked if connection is not None else None
         if self._refused:
             return f"the broker refuses it: {self._refused}"
+        if (rejected := self._rejected) and not rejected[0].done.done():
+            message = rejected[0].message
+            return f"{message.exchange}, {message.routing_key}: {rejected[1]}"
         return f"blocked by the broker: {blocked}" if blocked else self._status
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be published: refused (a permission is missing), disconnected or blocked (a broker's alarm);
-        or None."""
+        """Why what must be published cannot be: refused (a permission is missing), rejected (a queue is full or not
+        there), disconnected or blocked (a broker's alarm); or None."""
         connection = self._connection
         if self._refused:
             return "refused"
         if connection is None or self._channel is None:
             return "disconnected"
+        if (rejected := self._rejected) and not rejected[0].done.done():
+            return "rejected"
         return "blocked" if connection.blocked else None
 
     def publish(self, message: Message, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Publishes and waits for the broker's confirm, for as long as that takes.
 
         Raises PublishError once `give_up()` is true (asked every second); the message may have arrived all the same.
+        Raises PublishError at once for what AMQP cannot carry.
         Raises FatalError when the publisher's thread is gone.
         """
         request = _Request(message)
@@ -97,8 +117,9 @@ class Publisher:
             except TimeoutError:
                 if not self._thread.is_alive():
                     raise FatalError("the publisher's thread has ended; see its last log line") from None
+                status = self.status  # which is another once nobody waits for this
                 if give_up() and request.done.cancel():
-                    raise PublishError(f"{message.routing_key} not confirmed; {self.status}") from None
+                    raise PublishError(f"{message.routing_key} not confirmed; {status}") from None
             else:
                 self._measurements.published(time.monotonic() - begun)
                 return
@@ -121,7 +142,8 @@ class Publisher:
         except Exception as error:  # the top of this thread: who publishes next sees that it is gone, and raises
             log.critical("publisher_failed", exc_info=True)
             self._status = f"failed: {error!r}"
-            self._refused = self._connection = self._channel = None
+            self._refused = self._rejected = self._connection = self._channel = None
+            self._on_failed(FatalError(f"the publisher's thread failed: {error!r}"))
 
     def _serve(self) -> None:
         self._ready()  # connected before the first job, so that its first events are not lost
@@ -166,6 +188,9 @@ class Publisher:
             pass  # nobody listens: that is what an offer is for
         except LOST as error:
             self._lost(error)
+        except Exception:  # not this message's thread alone
+            log.exception("unpublishable", exchange=message.exchange, routing_key=message.routing_key)
+            self._close()
 
     def _send(self, request: _Request) -> None:
         """Sends what must be published, or puts it off; others go on meanwhile."""
@@ -178,8 +203,10 @@ class Publisher:
             self._basic_publish(message)
         except pika.exceptions.UnroutableError:
             reason = f"exchange {message.exchange!r} routed it to no queue"
+            request.rejected += 1
         except pika.exceptions.NackError:
             reason = "the broker refused it: a queue is full or unavailable"
+            request.rejected += 1
         except LOST as error:
             self._lost(error)
             reason = repr(error)
@@ -187,12 +214,20 @@ class Publisher:
                 self._refused = error.reply_text
                 fix = "the permissions in docs/brokers.md"
                 log.error("publish_refused", reason=error.reply_text, fix=fix)  # noqa: TRY400  the trace says no more
+        except Exception as error:  # what AMQP cannot carry; the others shall go on
+            log.exception("unpublishable", exchange=message.exchange, routing_key=message.routing_key)
+            self._close()  # a part of it may have been sent
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                request.done.set_exception(PublishError(f"{message.routing_key} cannot be published: {error!r}"))
+            return
         else:
             self._refused = None
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller has just given up
                 request.done.set_result(None)
             self._warn_of_unrouted(message, waiting)
             return
+        if request.rejected > _REJECTED_PASSING:
+            self._rejected = (request, reason)
         request.failures += 1
         self._measurements.publish_failed()
         delay = self._backoff(request.failures)

@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from daemon.broker_url import redacted
 from daemon.config import Config
 from daemon.consumer import Consumer
 from daemon.coordinator import Coordinator
-from daemon.errors import ConfigError, ExitStatus, GroupBrokenError, TransientJobError
+from daemon.errors import ConfigError, ExitStatus, FatalError, GroupBrokenError, TransientJobError
 from daemon.health import HealthThread, Pulse, RankState, pulse_path
 from daemon.logs import DRAIN_MARK, READY_MARK, RUNTIME_VARIABLE, WARM_UP_MARK, finish_logs, leave_mark
 from daemon.measurements import Measurements
@@ -60,7 +60,8 @@ def run_rank(config: Config) -> int:
     state = RankState(StallLimits(config.stall))
     health = _health(config, launch, state)
     state.set("joining", phase="join")
-    files = check_models(config, world_size=launch.world_size)
+    with _passing_if_served():
+        files = check_models(config, world_size=launch.world_size)
     try:
         world = join(launch, device_kind=config.device)
     except ValueError as error:
@@ -85,6 +86,28 @@ def run_rank(config: Config) -> int:
     health.stop()
     log.info("left")
     return status
+
+
+@contextlib.contextmanager
+def _passing_if_served() -> Iterator[None]:
+    """What a group of this launcher has loaded before was right, so a fault of its files may pass (a file server that
+    is away). Raises FatalError for ConfigError then: the group is started again, as after any other failure."""
+    try:
+        yield
+    except ConfigError as error:
+        if _served_before():
+            raise FatalError(f"{error} (it was in order when this worker began)") from error
+        raise
+
+
+def _served_before() -> bool:
+    mark = _served_mark()
+    return mark is not None and mark.exists()
+
+
+def _served_mark() -> Path | None:
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    return Path(runtime) / _SERVED_MARK if runtime else None
 
 
 def _load(
@@ -124,9 +147,11 @@ def _load(
                 progress=progress,
             )
         except ModelFolderError as error:
-            raise ConfigError(str(error)) from error
+            with _passing_if_served():
+                raise ConfigError(str(error)) from error
         except (ValueError, ReadError) as error:
-            raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
+            with _passing_if_served():
+                raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
         on_loaded(name, time.monotonic() - begun)
         log.info("model_loaded", model=name, memory=config.memory, seconds=round(time.monotonic() - begun, 3))
     return models
@@ -163,8 +188,6 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
     topology = topology_of(config)
     runtime = os.environ.get(RUNTIME_VARIABLE)
     measurements = Measurements(Path(runtime) if runtime else None)
-    publisher = Publisher(config.broker, worker_id=config.worker_id, measurements=measurements)
-    reporter = Reporter(publisher, topology, worker_id=config.worker_id)
     presence = Presence(config.worker_id)
     begun = time.time()
     about = {
@@ -174,7 +197,7 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         "world_size": world.world_size,
     }
     coordinator: Coordinator | None = None
-    served = Path(runtime) / _SERVED_MARK if runtime else None
+    served = _served_mark()
 
     def on_control(routing_key: str) -> None:
         if coordinator is not None:
@@ -188,10 +211,12 @@ def _coordinate(config: Config, world: World, state: RankState, health: HealthTh
         on_control=on_control,
         on_heartbeat=presence.hear,
         patience_seconds=config.topology.patience_seconds,
-        served_before=served is not None and served.exists(),
+        served_before=_served_before(),
         on_first_consuming=partial(leave_mark, served) if served is not None else lambda: None,
         measurements=measurements,
     )
+    publisher = Publisher(config.broker, worker_id=config.worker_id, on_failed=consumer.fail, measurements=measurements)
+    reporter = Reporter(publisher, topology, worker_id=config.worker_id)
 
     def heartbeat(ranks: list[dict[str, Any]]) -> None:
         own = ranks[0]

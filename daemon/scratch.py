@@ -6,6 +6,7 @@ are gone, killed ones too. Leaves out what is kept there (`daemon.storage`, `dae
 
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -14,7 +15,9 @@ import structlog
 
 log = structlog.get_logger("storage")
 
-_LOCK = "lock"
+_NAME = re.compile("[0-9a-f]{32}")
+# No job's folder: a job_id begins with a letter or a digit.
+_LOCK = ".reeld-lock"
 
 
 class Scratch:
@@ -52,6 +55,8 @@ class Scratch:
 
 def _sweep(directory: Path) -> None:
     for folder in directory.iterdir():
+        if not _NAME.fullmatch(folder.name):
+            continue  # somebody else's: the directory may be /tmp
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR)
         except OSError:

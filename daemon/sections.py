@@ -147,7 +147,8 @@ class OutputConfig(Section):
     """Where videos go, and how they are encoded."""
 
     directory: Path = Field(
-        Path("/var/lib/reeld/output"), description="videos and manifests; shared by the workers of a pool"
+        Path("/var/lib/reeld/output"),
+        description="videos and manifests; shared by the workers of a pool, on a file system with hard links",
     )
     crf: int = Field(18, ge=0, le=51, description="x264's constant rate factor; 0 is lossless")
 
@@ -186,7 +187,7 @@ class StallConfig(Section):
     silence_seconds: float = Field(180, gt=0, description="a process that says nothing at all")
     join_seconds: float = Field(600, gt=0, description="from the start of the processes until all ranks are joined")
     load_seconds: float = Field(1800, gt=0, description="one model")
-    stage_seconds: float = Field(600, gt=0, description="one input")
+    stage_seconds: float = Field(600, gt=0, description="one input, and looking for the job's manifest or LoRAs")
     encode_seconds: float = Field(600, gt=0, description="text and image encoders")
     denoise_seconds: float = Field(900, gt=0, description="one step")
     decode_seconds: float = Field(900, gt=0, description="the VAE's part")

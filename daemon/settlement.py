@@ -23,7 +23,7 @@ from daemon.errors import (
     PublishError,
     TransientJobError,
 )
-from daemon.job import Job, salvage_job_id
+from daemon.job import Job, OversizedBodyError, salvage_job_id
 from daemon.measurements import SILENT, Measurements
 from daemon.reporter import Reporter
 
@@ -72,7 +72,8 @@ class Settlement:
 
     def fail_malformed(self, delivery: Delivery, error: PermanentJobError) -> None:
         """Settles a message that is no job."""
-        job_id = salvage_job_id(delivery.body, delivery.message_id)
+        body = b"" if isinstance(error, OversizedBodyError) else delivery.body
+        job_id = salvage_job_id(body, delivery.message_id)
         log.error("job_malformed", job_id=job_id, code=str(error.code), path=error.path, reason=error.message)
         digest = hashlib.sha256(delivery.body).hexdigest()
         if self.publish(

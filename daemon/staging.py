@@ -4,6 +4,7 @@ Owns which file is staged how and under which name. Leaves out the checks (`daem
 `daemon.media` for videos and audio) and trying again (`daemon.coordinator`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from parallel.plan import GenerationPlan
 from parallel.tasks import INPUT_KINDS, MAY_BE_SHORTER
 
 
-def stage_inputs(draft: Draft, folder: Path, config: InputsConfig) -> GenerationPlan:
-    """Stages every input of `draft` under `folder`; what is there already is written again.
+def stage_inputs(draft: Draft, folder: Path, config: InputsConfig, *, begin: Callable[[], None]) -> GenerationPlan:
+    """Stages every input of `draft` under `folder`; what is there already is written again. Calls `begin` before each.
 
     Raises PermanentJobError(input_rejected) and TransientJobError(input_unavailable) with the input's path in the
     job, and OSError when the folder cannot be written.
@@ -25,6 +26,7 @@ def stage_inputs(draft: Draft, folder: Path, config: InputsConfig) -> Generation
     plan = draft.plan
     staged: dict[str, Any] = {}
     for name, uri in draft.input_uris.items():
+        begin()
         path = f"inputs.{name}"
         match INPUT_KINDS[name]:
             case "image":

@@ -8,7 +8,7 @@ from daemon.config import Config
 from daemon.connection import tls_context
 from daemon.faults import Faults
 from daemon.models import check_models
-from daemon.writable import write_into
+from daemon.writable import NoHardLinksError, write_into
 
 
 def check(config: Config, *, make_folders: bool = False) -> None:
@@ -34,7 +34,9 @@ def check(config: Config, *, make_folders: bool = False) -> None:
         try:
             if make_folders:
                 directory.mkdir(parents=True, exist_ok=True)
-            write_into(directory)
+            write_into(directory, hard_links=path == "output.directory")
+        except NoHardLinksError as error:
+            faults.add(path, f"{directory}: {error.strerror}")
         except OSError as error:
             faults.add(path, f"{directory}: not writable: {error.strerror}")
     if "file" in config.inputs.schemes and not config.inputs.roots:

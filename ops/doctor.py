@@ -53,7 +53,7 @@ def examine(config_path: Path | None, *, with_torch: bool = False) -> Iterator[F
         yield from examine_broker(config)
     except ConfigError as error:  # url_file cannot be read
         yield Finding("broker", "fail", str(error), "correct [broker] in the configuration")
-    yield examine_directory("output.directory", config.output.directory)
+    yield examine_directory("output.directory", config.output.directory, hard_links=True)
     yield examine_directory("work_directory", config.work_directory)
     if config.log.directory is not None:
         yield examine_directory("log.directory", config.log.directory)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from daemon.config import Config
-from daemon.writable import write_into
+from daemon.writable import NoHardLinksError, write_into
 from ops.ages import size_text
 from ops.finding import Finding, output_of
 
@@ -38,10 +38,12 @@ def examine_machine(config: Config | None, *, with_torch: bool) -> Iterator[Find
         yield from _torch(config)
 
 
-def examine_directory(name: str, directory: Path, *, user: str = _SERVICE_USER) -> Finding:
+def examine_directory(name: str, directory: Path, *, hard_links: bool = False, user: str = _SERVICE_USER) -> Finding:
     """Writes a file where the worker will. Root, who may write anywhere, asks for the service's user as well."""
     try:
-        place = write_into(directory)
+        place = write_into(directory, hard_links=hard_links)
+    except NoHardLinksError as error:
+        return Finding(name, "fail", f"{directory}: {error.strerror}", "move it to a file system with hard links")
     except OSError as error:
         fix = f"create it for the worker's user: sudo install -d -o USER {directory}"
         return Finding(name, "fail", f"{directory}: not writable: {error.strerror}", fix)

@@ -29,6 +29,7 @@ from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
 from tests.brokers import enter_root
+from tests.node import api
 
 POOL = "tiny"
 TOPOLOGY = Topology(prefix="reeld", pool=POOL, delivery_limit=3, retry_delays_seconds=(10,))
@@ -200,8 +201,21 @@ def test_refused_credentials_are_told_apart(vhost: str) -> None:
     with pytest.raises(CredentialsError, match="user or the password") as refused:
         broker_facts(BrokerConfig(url=url))
     assert "wrong" not in str(refused.value)
-    with pytest.raises(CredentialsError, match="virtual host"):
+    with pytest.raises(CredentialsError, match=r"virtual host.*not found"):
         broker_facts(BrokerConfig(url=vhost + "-absent"))
+
+
+@pytest.mark.parametrize("limit", ["vhost-limits/{vhost}", "user-limits/guest"])
+def test_one_connection_too_many_is_no_refusal(broker: PrivateBroker, vhost: str, limit: str) -> None:
+    """After a cut network the connections of before count for a while: a worker that starts then must wait, not end."""
+    path = f"/{limit.format(vhost=vhost.rpartition('/')[2])}/max-connections"
+    api(broker, "PUT", path, {"value": 0})
+    try:
+        with pytest.raises(BrokerUnavailableError, match=r"limit \(0\) is reached"):
+            broker_facts(BrokerConfig(url=vhost))
+    finally:
+        api(broker, "DELETE", path)
+    assert broker_facts(BrokerConfig(url=vhost)).product == "RabbitMQ"
 
 
 def test_submit_prints_the_id_and_the_job_is_in_the_queue(settings: BrokerConfig) -> None:

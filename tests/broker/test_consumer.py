@@ -6,11 +6,13 @@ others, so workers that drain one after the other would use up the deliveries of
 
 from collections.abc import Callable, Iterator
 
+import pika
 import pytest
 
 from daemon import client
 from daemon.consumer import Consumer
 from daemon.delivery import Delivery
+from daemon.presence import Presence
 from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
@@ -28,7 +30,13 @@ def proxy(broker: PrivateBroker) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def busy(proxy: Proxy, vhost: str) -> Iterator[Consumers]:
+def heard() -> list[str]:
+    """The routing keys of the control messages that came."""
+    return []
+
+
+@pytest.fixture
+def busy(proxy: Proxy, vhost: str, heard: list[str]) -> Iterator[Consumers]:
     """Makes a consumer that has a job in hand; behind `proxy`."""
     assert client.apply_on(BrokerConfig(url=vhost), TOPOLOGY) == []
     started: list[Consumer] = []
@@ -40,7 +48,8 @@ def busy(proxy: Proxy, vhost: str) -> Iterator[Consumers]:
             TOPOLOGY,
             worker_id=f"w{len(started)}",
             prepare=lambda _connection: None,
-            on_control=lambda _key: None,
+            on_control=heard.append,
+            on_heartbeat=Presence("w0").hear,
         )
         started.append(consumer)
         consumer.start()
@@ -104,3 +113,43 @@ def test_a_draining_consumer_is_cancelled_within_a_tick_and_does_not_come_back(
     until(lambda: consumer.trouble is None)
     assert "drains" in consumer.status
     assert _waiting(vhost) == [("in hand", 1)], "counted for the connection that was lost"
+
+
+def test_no_message_to_all_workers_ends_the_consumer(busy: Consumers, vhost: str, heard: list[str]) -> None:
+    """A routing key that is no text, and a heartbeat that cannot be read: whoever may publish reaches every worker."""
+    consumer, delivery = busy()
+    connection = pika.BlockingConnection(pika.URLParameters(vhost))
+    channel = connection.channel()
+    channel.basic_publish(TOPOLOGY.control_exchange, b"cancel.\xff", b"")
+    channel.basic_publish(TOPOLOGY.status_exchange, "worker.w0.heartbeat", b"[" * 100_000)
+    channel.basic_publish(TOPOLOGY.control_exchange, "drain.w0", b"")
+    connection.close()
+    until(lambda: "drain.w0" in heard)
+    assert heard == ["cancel.\xff", "drain.w0"]
+    assert consumer.fatal is None
+    consumer.ack(delivery)
+    consumer.stop()
+    assert _waiting(vhost) == []
+
+
+def test_what_fails_on_a_control_message_ends_nothing(vhost: str) -> None:
+    """Not even a fault of our own: it is logged, and the next message is heard."""
+    assert client.apply_on(BrokerConfig(url=vhost), TOPOLOGY) == []
+    heard: list[str] = []
+
+    def hear(routing_key: str) -> None:
+        heard.append(routing_key)
+        raise ValueError("a fault")
+
+    consumer = Consumer(
+        BrokerConfig(url=vhost), TOPOLOGY, worker_id="w", prepare=lambda _connection: None, on_control=hear
+    )
+    consumer.start()
+    try:
+        assert consumer.consuming.wait(30)
+        for job_id in ("one", "two"):
+            client.tell_workers(BrokerConfig(url=vhost), f"cancel.{job_id}")
+        until(lambda: len(heard) == 2)
+        assert consumer.fatal is None
+    finally:
+        consumer.stop()

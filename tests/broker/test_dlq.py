@@ -10,18 +10,24 @@ import sys
 import time
 import uuid
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pika
 import pytest
 
 from daemon import client
+from daemon.cancellations import Cancellations
+from daemon.consumer import Consumer
 from daemon.copies import REQUEUED_HEADER
 from daemon.dead_letters import DeadLetterQueue
 from daemon.delivery import ATTEMPT_HEADER
-from daemon.errors import ConfigError, PublishError
-from daemon.reporter import TIME_HEADER
+from daemon.errors import ConfigError, PermanentJobError, PublishError
+from daemon.job import parse_job_message
+from daemon.publisher import Publisher
+from daemon.reporter import TIME_HEADER, Reporter
 from daemon.sections import BrokerConfig
+from daemon.settlement import Settlement
 from daemon.topology import Topology
 from ops import dlq
 from ops.dlq import Filters
@@ -276,3 +282,43 @@ def test_two_jobs_of_one_name_are_two_letters(settings: BrokerConfig) -> None:
         again = list(queue)
     assert first.key != second.key
     assert [letter.key for letter in again] == [first.key, second.key]
+
+
+def test_an_oversized_body_is_not_read_for_its_id_either(settings: BrokerConfig, tmp_path: Path) -> None:
+    """Parsing a hostile one costs many times its size: it is dead-lettered under its message_id, or without an id. A
+    malformed one within the limit goes by the id that it meant."""
+    publisher = Publisher(settings, worker_id="w")
+    consumer = Consumer(settings, TOPOLOGY, worker_id="w", prepare=lambda _: None, on_control=lambda _: None)
+    settlement = Settlement(
+        consumer,
+        Reporter(publisher, TOPOLOGY, worker_id="w"),
+        retry_delays_seconds=(10,),
+        pause=lambda _seconds, _job_id: None,
+        cancellations=Cancellations(tmp_path / "cancelled.jsonl", memory_seconds=60),
+    )
+    publisher.start()
+    consumer.start()
+    large = b'{"job_id": "inside", "prompt": "' + b"x" * 2000 + b'"}'
+    for body, message_id in ((large, "outside"), (large, "no job's id"), (b'{"job_id": "inside"}', "outside")):
+        client.publish_job(settings, pool=POOL, body=body, message_id=message_id)
+        delivery = consumer.deliveries.get(timeout=20)
+        assert delivery is not None
+        with pytest.raises(PermanentJobError) as refused:
+            parse_job_message(delivery.body, max_body_bytes=1024)
+        settlement.fail_malformed(delivery, refused.value)
+    consumer.stop()
+    publisher.stop()
+    with DeadLetterQueue(settings, POOL) as queue:
+        assert [letter.headers.get("x-reeld-job-id") for letter in queue] == ["outside", None, "inside"]
+
+
+def test_a_large_letter_without_a_noted_id_goes_by_its_message_id(settings: BrokerConfig) -> None:
+    """The broker notes no job's id; the body is looked into for one up to 1 MiB."""
+    small, large = b'{"job_id": "inside"}', b'{"job_id": "inside", "prompt": "' + b"x" * (1 << 20) + b'"}'
+    with closing(pika.BlockingConnection(pika.URLParameters(settings.url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for body in (small, large):
+            properties = pika.BasicProperties(message_id="outside", delivery_mode=2)
+            channel.basic_publish(TOPOLOGY.dead_exchange, POOL, body, properties, mandatory=True)
+    assert dead(settings) == ["inside", "outside"]

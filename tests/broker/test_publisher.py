@@ -1,6 +1,7 @@
 """The publisher against a real broker that takes its connection and then refuses it, or falls silent."""
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from daemon.publisher import Publisher
 from daemon.sections import BrokerConfig
 from daemon.topology import Topology
 from ops.private_broker import PrivateBroker
-from tests.harness import take
+from tests.harness import take, until
 from tests.node import api
 from tests.proxy import TO_CLIENT, Proxy
 
@@ -34,10 +35,11 @@ LAST_EVENT = Message(
 
 
 @contextmanager
-def publishing(url: str) -> Iterator[Publisher]:
+def publishing(url: str, *, on_failed: Callable[[FatalError], None] = lambda _error: None) -> Iterator[Publisher]:
     publisher = Publisher(
         BrokerConfig(url=url, backoff_initial_seconds=0.2, backoff_max_seconds=1, confirm_timeout_seconds=2),
         worker_id="w",
+        on_failed=on_failed,
     )
     publisher.start()
     try:
@@ -100,13 +102,49 @@ def test_an_answer_that_never_comes_has_a_deadline(broker: PrivateBroker, user: 
 
 def test_a_failure_of_the_thread_is_told(user: str) -> None:
     """What nobody foresaw ends the thread, in one line of the log; nobody waits for it, nor calls it connected."""
-    with publishing(user) as publisher:
+    told: list[FatalError] = []
+    with publishing(user, on_failed=told.append) as publisher:
         publisher.publish(LAST_EVENT, give_up=_after(10))
         assert publisher.trouble is None
+        publisher._requests.put(5)  # type: ignore[arg-type]  # the failure
         with pytest.raises(FatalError, match="thread has ended"):
-            publisher.publish(Message(exchange="", routing_key=5, body=b""))  # type: ignore[arg-type]  # the failure
+            publisher.publish(LAST_EVENT)
         assert publisher.trouble == "disconnected"
         assert publisher.status.startswith("failed")
+    assert len(told) == 1
+
+
+def test_what_amqp_cannot_carry_fails_alone(user: str) -> None:
+    """A number of a message's headers that no field of AMQP holds is its sender's error, and nobody else's."""
+    too_large = Message(
+        exchange=TOPOLOGY.status_exchange, routing_key="job.fox.succeeded", body=b"{}", headers={"x": 2**64}
+    )
+    with publishing(user) as publisher:
+        publisher.offer(too_large)
+        with pytest.raises(PublishError, match="cannot be published"):
+            publisher.publish(too_large)
+        publisher.publish(LAST_EVENT, give_up=_after(10))
+        assert publisher.trouble is None
+    assert len(take(user, TOPOLOGY.unrouted)) == 1
+
+
+def test_what_a_full_queue_refuses_is_trouble(broker: PrivateBroker, user: str) -> None:
+    """A full queue of somebody else on the status exchange has the broker refuse every event: that is not healthy."""
+    vhost = user.rpartition("/")[2]
+    full = {"durable": True, "arguments": {"x-max-length": 0, "x-overflow": "reject-publish"}}
+    api(broker, "PUT", f"/queues/{vhost}/full", full)
+    api(broker, "POST", f"/bindings/{vhost}/e/{TOPOLOGY.status_exchange}/q/full", {"routing_key": "#"})
+    with publishing(user) as publisher:
+        with pytest.raises(PublishError, match="a queue is full"):
+            publisher.publish(LAST_EVENT, give_up=lambda: publisher.trouble == "rejected")
+        assert publisher.trouble is None, "nobody waits for it any more"
+        waiting = threading.Thread(target=publisher.publish, args=(LAST_EVENT,))
+        waiting.start()
+        until(lambda: publisher.trouble == "rejected")
+        assert "job.fox.succeeded: the broker refused it: a queue is full" in publisher.status
+        api(broker, "DELETE", f"/queues/{vhost}/full")
+        waiting.join(30)
+        assert (waiting.is_alive(), publisher.trouble, publisher.status) == (False, None, "connected")
 
 
 def test_a_missing_permission_is_named(broker: PrivateBroker, user: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,24 @@ def test_a_group_after_the_first_waits_out_a_refusal(
         assert daemon.worker.process.wait(_PATIENCE_SECONDS + 90) == 78
 
 
+def test_a_group_after_the_first_waits_out_a_model_that_is_away(
+    broker: PrivateBroker, vhost: str, models: Path, tmp_path: Path
+) -> None:
+    """A file server that is away when a rank dies is no wrong configuration: the worker is there when it is back."""
+    prepare_broker(vhost)
+    mount = tmp_path / "mount"
+    mount.symlink_to(models)
+    with daemon_under_fault(vhost, broker.amqp_port, tmp_path, mount) as daemon:
+        mount.rename(tmp_path / "away")
+        lines = _kill_rank0(daemon)
+        fatal = daemon.worker.wait_log("fatal", after=lines)
+        assert "no such folder" in fatal["reason"]
+        assert fatal["exit_status"] == 1
+        (tmp_path / "away").rename(mount)
+        daemon.worker.wait_log("consuming", after=lines)
+        daemon.check_serves()
+
+
 def _delete_jobs_queue(url: str) -> None:
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         connection.channel().queue_delete(TOPOLOGY.jobs_queue)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon import launcher
 from tests.service.booted import CHECKOUT
 from tests.service.machine import Machine
 
@@ -31,6 +32,19 @@ def test_the_exposure_is_as_stated_and_each_rest_of_it_is_explained(machine: Mac
     assert [name for name in remaining if f"`{name}`" not in document] == []
     below = machine.run(*command, f"--threshold={EXPOSURE - 1}", "/usr/lib/systemd/system/reeld@.service", check=False)
     assert below.returncode != 0
+
+
+def test_the_launchers_folder_is_not_cleaned_away_by_age(tmp_path: Path) -> None:
+    """Real systemd-tmpfiles, told to clean everything: what a running launcher holds stays, and what nobody holds goes.
+    Many systems clean /tmp by age, and the private one of a unit with it."""
+    for name in ("held", "left"):
+        (tmp_path / "tmp" / name).mkdir(parents=True)
+        (tmp_path / "tmp" / name / "ready").touch()
+    rules = tmp_path / "tmp.conf"
+    rules.write_text(f"d {tmp_path}/tmp - - - 0\n")
+    with launcher._kept(tmp_path / "tmp/held"):
+        subprocess.run(["systemd-tmpfiles", "--clean", str(rules)], check=True, capture_output=True, timeout=60)
+    assert [path.relative_to(tmp_path / "tmp") for path in (tmp_path / "tmp").rglob("ready")] == [Path("held/ready")]
 
 
 def test_the_target_is_all_instances(machine: Machine) -> None:

@@ -1,6 +1,8 @@
 """What people ask of the daemon: drains, cancels, how long they are remembered, and the waits they cut short."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,36 @@ from daemon.asked import DRAINED_BY_MESSAGE, Asked
 from daemon.cancellations import Cancellations
 from daemon.errors import JobCancelled, JobHandedBack
 from parallel.outcome import Stop
+
+# Looking an id up is where the main thread is interrupted: exactly then somebody cancels a job, and asks to drain.
+_INTERRUPTED = """
+import signal, sys, threading
+from pathlib import Path
+from daemon.asked import Asked
+from daemon.cancellations import Cancellations
+
+asked = Asked(Cancellations(Path(sys.argv[1]), memory_seconds=60), drain_seconds=60)
+signal.signal(signal.SIGTERM, lambda number, frame: asked.drain("SIGTERM"))
+
+consumer = threading.Thread(target=asked.cancel, args=("b",), daemon=True)
+
+class LookedUp(str):
+    def __hash__(self):
+        if consumer.ident is None:
+            consumer.start()
+            consumer.join(0.5)  # until it has ended, or waits for a lock
+            signal.raise_signal(signal.SIGTERM)
+        return super().__hash__()
+
+if sys.argv[2] == "asked":
+    asked.stop(LookedUp("a"))
+elif sys.argv[2] == "paused":
+    asked.pause(0, LookedUp("a"))
+else:
+    asked.cancelled.forget(LookedUp("a"))
+consumer.join()
+print(asked.drain_reason, "b" in asked.cancelled)
+"""
 
 
 def _cancellations(folder: Path, seconds: float = 60) -> Cancellations:
@@ -23,6 +55,7 @@ def test_cancel_outlives_the_process(tmp_path: Path) -> None:
     first.add("a")
     first.add("b")
     first.forget("b")
+    first.add("d").result()
     second = _cancellations(tmp_path)
     assert ("a" in second, "b" in second, "c" in second) == (True, False, False)
 
@@ -32,7 +65,7 @@ def test_cancel_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     now = 1000.0
     monkeypatch.setattr("daemon.cancellations.time.time", lambda: now)
     cancelled = _cancellations(tmp_path, seconds=10)
-    cancelled.add("a")
+    cancelled.add("a").result()
     now = 1009.0
     assert "a" in cancelled
     now = 1011.0
@@ -47,8 +80,9 @@ def test_file_of_cancels_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cancelled = _cancellations(tmp_path)
     cancelled.add("first")
     for number in range(200):
-        cancelled.add(f"{number % 3}")
+        kept = cancelled.add(f"{number % 3}")
         cancelled.forget(f"{number % 3}")
+        kept.result()
         assert len((tmp_path / "cancelled.jsonl").read_text().splitlines()) <= 20
     assert "first" in _cancellations(tmp_path)
 
@@ -64,7 +98,7 @@ def test_memory_of_cancels_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_torn_line_is_left_out(tmp_path: Path) -> None:
     """A process that was killed while it wrote leaves half a line; the others count."""
-    _cancellations(tmp_path).add("a")
+    _cancellations(tmp_path).add("a").result()
     with (tmp_path / "cancelled.jsonl").open("a") as file:
         file.write('{"job_id": "b", "unt')
     reread = _cancellations(tmp_path)
@@ -75,7 +109,7 @@ def test_torn_line_is_left_out(tmp_path: Path) -> None:
 def test_unwritable_folder_keeps_cancels_in_memory(tmp_path: Path) -> None:
     """A full or missing disk does not lose the cancel of a job that runs."""
     cancelled = Cancellations(tmp_path / "missing" / "cancelled.jsonl", memory_seconds=60)
-    cancelled.add("a")
+    cancelled.add("a").result()
     assert "a" in cancelled
 
 
@@ -146,3 +180,11 @@ def test_only_a_second_signal_hands_the_job_back(tmp_path: Path, wishes: list[st
         asked.drain(wish)
     assert asked.must_hand_back() is hands_back
     assert asked.drain_reason in wishes
+
+
+@pytest.mark.parametrize("where", ["asked", "paused", "forgets"])
+def test_a_drain_and_a_cancel_at_once_hold_nobody_up(tmp_path: Path, where: str) -> None:
+    """The signal's handler runs in the main thread, wherever that is, while the consumer's thread takes a cancel."""
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "cancelled.jsonl"), where]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.split() == ["SIGTERM", "True"]

@@ -40,6 +40,6 @@ def test_the_process_before_this_one_is_no_other() -> None:
 def test_what_is_no_heartbeat_is_passed_over() -> None:
     old = worker_event("heartbeat", worker_id="box", data={"state": "idle"}).body  # as it was without these fields
     with capture_logs() as logs:
-        for body in (b"", b"\xff", b"[]", b"{}", b'{"data": 1, "time": "x"}', b'{"data": {}}', old):
+        for body in (b"", b"\xff", b"[]", b"{}", b'{"data": 1, "time": "x"}', b'{"data": {}}', b"[" * 100_000, old):
             Presence("box").hear(body)
     assert logs == []

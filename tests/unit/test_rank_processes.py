@@ -41,6 +41,25 @@ def test_a_rank_is_found_and_killed(rank: "subprocess.Popen[str]", tmp_path: Pat
     assert rank_processes(tmp_path) == {}
 
 
+def test_a_rank_whose_torchrun_is_process_1_goes_on() -> None:
+    """As in a container whose entrypoint is torchrun itself; needs root, for a namespace of its own."""
+    rank = "from daemon.rank_processes import die_with_parent; die_with_parent(); print('goes on')"
+    parent = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {rank!r}]).returncode)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REELD_")}
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", parent]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
+def test_a_rank_of_a_launcher_that_is_gone_ends_and_says_so() -> None:
+    rank = "from daemon.rank_processes import die_with_parent; die_with_parent(); print('goes on')"
+    environment = {**os.environ, "REELD_LAUNCHER": "1", "REELD_RUNTIME_DIRECTORY": "/nonexistent"}
+    command = [sys.executable, "-c", rank]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is not the one that started this rank" in done.stderr
+
+
 def test_a_process_that_is_not_the_launchers_is_no_rank(tmp_path: Path) -> None:
     """A rank's file outlives it, and its number may be another process's by then."""
     (tmp_path / "rank-0.pid").write_text(str(os.getppid()))

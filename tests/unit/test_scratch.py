@@ -1,9 +1,14 @@
-"""Scratch folders: a killed process leaves nothing for long, a living one is left alone."""
+"""Scratch folders: a killed process leaves nothing for long; a living one, and what is not ours, is left alone."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from daemon.job import is_job_id
 from daemon.scratch import Scratch
 
 _HOLDER = (
@@ -38,8 +43,27 @@ def test_a_folder_that_somebody_removed_is_made_anew(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path / "not" / "there")
     first = scratch.folder()
     assert scratch.folder() == first
-    (first / "lock").unlink()
-    first.rmdir()
+    shutil.rmtree(first)
     assert scratch.folder() != first
     assert scratch.folder().is_dir()
     scratch.close()
+
+
+@pytest.mark.parametrize("name", ["someones-data", "a" * 31, "A" * 32, "a" * 33, "a" * 32 + "\n", f"{'a' * 32}.d"])
+def test_only_what_reeld_itself_made_is_swept(tmp_path: Path, name: str) -> None:
+    """The directory may be /tmp or a whole disk: a folder of another name stays, whatever lies in it."""
+    ours = Scratch(tmp_path)
+    (lock,) = ours.folder().iterdir()
+    for file in {lock.name, "lock"}:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).touch()
+    Scratch(tmp_path).folder()
+    assert sorted(os.listdir(tmp_path / name)) == sorted({lock.name, "lock"})
+
+
+def test_no_jobs_folder_meets_what_is_there(tmp_path: Path) -> None:
+    """Inputs are staged beside the lock, in a folder with the job's id for its name; `lock` is an id as any other."""
+    folder = Scratch(tmp_path).folder()
+    assert is_job_id("lock")
+    (folder / "lock").mkdir()
+    assert not [path.name for path in folder.iterdir() if is_job_id(path.name) and not path.is_dir()]

@@ -1,6 +1,9 @@
 """What a job leaves on disk: one video that counts, one manifest, and no litter."""
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,22 @@ import pytest
 
 from daemon.errors import ErrorCode, TransientJobError
 from daemon.storage import MANIFEST, Storage
+from daemon.writable import write_into
+
+# POSIX message queues are a file system of the kernel's own, in which files are made and removed, but not linked.
+_WITHOUT_LINKS = 'mount -t mqueue mqueue "$1"; exec "$2" -c "$3" "$1"'
+_ASKS = """
+import os, sys
+from pathlib import Path
+from daemon.writable import NoHardLinksError, write_into
+folder = Path(sys.argv[1])
+assert write_into(folder) == folder
+try:
+    write_into(folder, hard_links=True)
+except NoHardLinksError as error:
+    print(error.strerror)
+print(os.listdir(folder))
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -129,3 +148,27 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         Storage(tmp_path).create_manifest("job-1", {"good": 1, "bad": object()})
     assert names(tmp_path / "job-1") == []
+
+
+def test_a_file_system_without_hard_links_is_found_out_first(tmp_path: Path) -> None:
+    """A manifest is made by a hard link (CIFS and some FUSE mounts have none): who checks the output directory is told
+    so, before a job is generated in vain. Other directories need none."""
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", "--mount", "--ipc", *user, "sh", "-euc", _WITHOUT_LINKS]
+    asked = subprocess.run(
+        [*command, "sh", str(tmp_path), sys.executable, _ASKS], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
+    refusal, left = asked.stdout.splitlines()
+    assert "no hard link" in refusal
+    assert "Operation not permitted" in refusal
+    assert left == "[]", "the check leaves nothing behind"
+
+
+def test_where_hard_links_are_the_check_passes(tmp_path: Path) -> None:
+    """On a disk as most are, and for a folder that is not there yet; nothing is made or left."""
+    assert write_into(tmp_path / "not" / "there", hard_links=True) == tmp_path
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        write_into(tmp_path / "file" / "output", hard_links=True)
