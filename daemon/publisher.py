@@ -30,7 +30,7 @@ log = structlog.get_logger("publisher")
 
 _ACCESS_REFUSED = 403
 _IDLE_SECONDS = 1.0
-_OFFERED_AT_MOST = 100
+_WAITING_AT_MOST = 100  # before what is offered
 _REJECTED_PASSING = 1  # so often in a row it may be a queue's leader that moves
 
 
@@ -64,7 +64,6 @@ class Publisher:
         self._requests: queue.SimpleQueue[_Request | Message | None] = queue.SimpleQueue()
         self._later: list[tuple[float, int, _Request]] = []  # a heap: when, its number, what
         self._numbers = itertools.count()
-        self._offered = 0
         self._connect_at = 0.0
         self._away_since: float | None = None  # since when no connection could be had
         self._connection: Connection | None = None
@@ -127,8 +126,7 @@ class Publisher:
     def offer(self, message: Message) -> None:
         """Publishes if that can be done soon; drops it when the broker is away or blocks publishers."""
         connection = self._connection
-        if self._offered < _OFFERED_AT_MOST and not (connection is not None and connection.blocked):
-            self._offered += 1
+        if self._requests.qsize() < _WAITING_AT_MOST and not (connection is not None and connection.blocked):
             self._requests.put(message)
 
     def stop(self, *, timeout_seconds: float = 10) -> None:
@@ -156,7 +154,6 @@ class Publisher:
             if request is None:
                 break
             if isinstance(request, Message):
-                self._offered -= 1
                 self._send_offered(request)
             elif not request.done.cancelled():
                 self._send(request)
