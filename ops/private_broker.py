@@ -176,7 +176,7 @@ class PrivateBroker:
         self.stop()
 
     def _pick_ports(self) -> None:
-        amqp, dist, epmd, management = _free_ports(4)
+        amqp, dist, epmd, management = free_ports(4)
         self.amqp_port: int = amqp
         self.management_port: int | None = management if "rabbitmq_management" in self.plugins else None
         self._dist_port = dist
@@ -348,7 +348,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """``count`` different ports that are free on loopback, below the range that the kernel gives to clients.
 
     A client that keeps connecting to a broker that is down can be given the broker's own port as its source,

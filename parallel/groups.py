@@ -12,10 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 
 from parallel import collectives
 from parallel.split import ParallelDegrees
+
+# Public in torch 2.15, and not in 2.11.
+_set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class GroupTable:
 
             made = GroupCoordinator(group_ranks, self._local_rank, self._backend)
             # xfuser leaves torch's ten minutes, which NCCL counts from when a transfer is queued: two steps may be.
-            _set_pg_timeout(self._timeout, made.device_group)
+            _set_timeout(self._timeout, made.device_group)
             self._groups[key] = Group(made.device_group, made.rank_in_group, made.world_size)
         return self._groups[key]
 

@@ -68,10 +68,11 @@ class DaemonUnderFault:
         connection.close()
 
     def wait_for(self, holds: Callable[[], bool], *, at_most: float = 120) -> None:
-        """Until it holds, the time is up or the worker has ended; for what no log line says."""
+        """Until it holds; for what no log line says. Fails when the time is up or the worker has ended."""
         deadline = time.monotonic() + at_most
-        while not holds() and time.monotonic() < deadline:
+        while not holds():
             assert self.worker.process.poll() is None, self.worker.tail()
+            assert time.monotonic() < deadline, f"not so in {at_most:g} s\n{self.worker.tail()}"
             time.sleep(0.1)
 
     def _heard(self) -> list[tuple[str, str, str]]:

@@ -40,7 +40,7 @@ from tests.harness import job, publish, take, until
 class Edge:
     """A coordinator that serves in a thread of its own."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, grace_seconds: float) -> None:
         self.config = Config.model_validate(
             {
                 "pool": "test",
@@ -48,7 +48,7 @@ class Edge:
                 "work_directory": folder / "work",
                 "broker": BrokerConfig(url=url, backoff_initial_seconds=0.1, backoff_max_seconds=0.2),
                 "output": {"directory": folder / "output"},
-                "limits": {"outcome_grace_seconds": 3},
+                "limits": {"outcome_grace_seconds": grace_seconds},
                 "models": [{"profile": "tiny-t2v", "path": folder}],
             }
         )
@@ -94,8 +94,8 @@ class Edge:
 
 
 @contextmanager
-def serving(url: str, folder: Path) -> Iterator[Edge]:
-    edge = Edge(url, folder)
+def serving(url: str, folder: Path, *, grace_seconds: float = 3) -> Iterator[Edge]:
+    edge = Edge(url, folder, grace_seconds)
     try:
         yield edge
     finally:
@@ -167,7 +167,7 @@ def test_a_lost_topology_does_not_cut_off_a_job_that_is_being_finished(
 
     monkeypatch.setattr(Coordinator, "_run", run)  # no group generates here
     message = job()
-    with serving(vhost, tmp_path) as edge:
+    with serving(vhost, tmp_path, grace_seconds=30 if in_time else 3) as edge:
         edge.start()
         publish(vhost, message)
         assert frames.begun.wait(30)
@@ -178,7 +178,7 @@ def test_a_lost_topology_does_not_cut_off_a_job_that_is_being_finished(
         assert edge.thread.is_alive()
         if in_time:
             frames.go_on.set()
-        edge.wait(timeout=20)
+        edge.wait(timeout=40)
         assert isinstance(edge.raised, ConfigError)
         assert (edge.storage.read_manifest(message["job_id"]) is not None) == in_time
         frames.go_on.set()

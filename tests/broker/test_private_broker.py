@@ -1,11 +1,13 @@
 """The private broker: a real RabbitMQ of our own that survives a kill with its data and leaves nothing."""
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pika
 import psutil
@@ -52,7 +54,7 @@ def test_a_killed_broker_comes_back_with_its_confirmed_messages(tmp_path: Path) 
             channel = connection.channel()
             channel.confirm_delivery()
             channel.queue_declare("kept", durable=True, arguments={"x-queue-type": "quorum"})
-            time.sleep(1.5)  # a kill within about a second of the declare loses the queue itself
+            time.sleep(4)  # a kill within about a second of the declare loses the queue itself
             channel.basic_publish("", "kept", b"still here", DURABLE, mandatory=True)
             broker.kill()
             with pytest.raises(pika.exceptions.AMQPConnectionError):
@@ -64,6 +66,12 @@ def test_a_killed_broker_comes_back_with_its_confirmed_messages(tmp_path: Path) 
             assert receive(connection.channel(), "kept") == b"still here"
 
 
+def _listening(process: psutil.Process) -> list[Any]:
+    with contextlib.suppress(psutil.NoSuchProcess):  # a helper that lives for milliseconds
+        return [each.laddr for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    return []
+
+
 def test_it_listens_on_loopback_only_and_stop_leaves_nothing(tmp_path: Path) -> None:
     """Nothing of the broker can be reached from outside, and after a stop no process of it is left."""
     ours = psutil.Process()
@@ -71,12 +79,7 @@ def test_it_listens_on_loopback_only_and_stop_leaves_nothing(tmp_path: Path) -> 
     broker = PrivateBroker(tmp_path)
     broker.start()
     processes = set(ours.children(recursive=True)) - before
-    listening = {
-        connection.laddr
-        for process in processes
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    listening = {address for process in processes for address in _listening(process)}
     broker.stop()
     broker.stop()
 

@@ -10,6 +10,7 @@ import pika.exceptions
 import pytest
 
 from ops.private_broker import PrivateBroker
+from tests.harness import until
 from tests.node import Node
 from tests.proxy import TO_BROKER, TO_CLIENT, Proxy
 
@@ -188,7 +189,7 @@ def test_a_node_can_be_paused_alarmed_and_restarted(tmp_path: Path) -> None:
         node.pause()
         assert not _answers(node.amqp_port)
         node.resume()
-        assert _answers(node.amqp_port)
+        until(lambda: _answers(node.amqp_port))
         connection.channel().close()
         node.raise_memory_alarm()
         channel.basic_publish("", "kept", b"2")

@@ -154,8 +154,9 @@ def test_a_missing_permission_is_named(broker: PrivateBroker, user: str, capsys:
     api(broker, "PUT", f"/permissions/{vhost}/{name}", ours)
     copy = Message(exchange="", routing_key=TOPOLOGY.retry_queue(1), body=b"{}", mandatory=True)
     with publishing(user) as publisher:
+        late = _after(60)
         with pytest.raises(PublishError, match=r"not confirmed; the broker refuses it.*amq\.default"):
-            publisher.publish(copy, give_up=_after(2))
+            publisher.publish(copy, give_up=lambda: publisher.trouble == "refused" or late())
         assert publisher.trouble == "refused"
         assert "publish_refused" in capsys.readouterr().out
         api(broker, "PUT", f"/permissions/{vhost}/{name}", {**ours, "write": ".*"})

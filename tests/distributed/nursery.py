@@ -12,7 +12,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 
@@ -23,14 +22,14 @@ import parallel.engine
 import parallel.model
 import parallel.tiny
 import parallel.world  # noqa: F401
+from ops.private_broker import free_ports
 
 
 def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         pids = [_fork(request, rank, port) for rank in range(request["ranks"])]
         print(json.dumps(_wait(pids)), flush=True)
 

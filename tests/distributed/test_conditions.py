@@ -70,3 +70,8 @@ def test_a_failure_while_preparing_reaches_every_rank(reports: list[dict[str, An
     assert first == second
     assert [code for code, _ in first[:-1]] == ["internal"] * 3 + ["out_of_memory"]
     assert "not among the arguments of WanVideoPipeline.__call__: no" in first[2][1]
+
+
+def test_a_splits_groups_wait_as_long_as_they_are_told(reports: list[dict[str, Any]]) -> None:
+    """xfuser makes them with torch's own limit, which for NCCL is ten minutes: less than a step may take."""
+    assert [report["timeout"] for report in reports] == [7 * 60] * 2

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ops.private_broker import free_ports
 from tests.harness import Ear, Worker, idle, job, publish, take, write_config
 
 REELD = str(Path(sys.executable).parent / "reeld")
@@ -133,8 +133,7 @@ def test_bare_torchrun_runs_the_same_ranks(vhost: str, models: Path, tmp_path: P
     """`torchrun --nnodes M --nproc-per-node N -m daemon` on each of M nodes serves jobs, and drains on SIGTERM."""
     config = write_config(tmp_path, models, nproc=1)
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
     command = [torchrun, "--nnodes", str(nodes), "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "-m", "daemon"]
     ear = Ear(vhost)

@@ -72,19 +72,19 @@ def test_ranks_share_what_it_has_imported_and_survive_its_faults(
         memory = ranks[1].memory_full_info()
         assert memory.uss < memory.rss / 2
 
+        lines = len(worker.lines())
         first.kill()
         assert not psutil.wait_procs(list(ranks.values()), timeout=20)[1]
-        count = ear.count
-        ear.wait(idle, after=count, worker=worker)
+        worker.wait_log("consuming", after=lines)
         second, ranks = fork_server_of(worker), daemon_of(worker).ranks
         assert second.pid != first.pid
         succeeds(vhost, ear, worker)
 
+        lines = len(worker.lines())
         second.suspend()
         ranks[1].kill()
         worker.wait_log("fork_server_killed")
-        count = ear.count
-        ear.wait(idle, after=count, worker=worker)
+        worker.wait_log("consuming", after=lines)
         third = fork_server_of(worker)
         assert third.pid != second.pid
         succeeds(vhost, ear, worker)

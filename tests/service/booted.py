@@ -121,6 +121,7 @@ class Booted(ABC):
 
     def journal(self, unit: str) -> list[dict[str, Any]]:
         """The unit's journal: what reeld and systemd wrote, as journald's JSON."""
+        self.run("journalctl", "--sync")  # what a process wrote last may not have been read yet
         lines = self.run("journalctl", "--unit", unit, "--output", "json", "--all", "--no-pager").stdout.splitlines()
         return [json.loads(line) for line in lines]
 

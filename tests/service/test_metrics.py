@@ -4,10 +4,11 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.harness import job
+from tests.harness import job, until
 from tests.service.prometheus import RULES, Prometheus
 from tests.service.running import Service
 from tests.service.tools import ROOT, tool
@@ -68,10 +69,17 @@ def test_a_real_prometheus_sees_what_a_job_did(service: Service, prometheus: Pro
 def test_alert_rules_load_and_rest(prometheus: Prometheus) -> None:
     """The same Prometheus has loaded every rule; with a worker that works, none of them fails to evaluate or fires."""
     prometheus.wait("reeld_ready == 1")
-    (group,) = prometheus.ask("/api/v1/rules")["groups"]
-    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
-    assert len(group["rules"]) == RULES.read_text().count("- alert:")
-    assert [rule["name"] for rule in group["rules"] if rule["state"] == "firing"] == []
+
+    def evaluated() -> list[dict[str, Any]]:
+        (group,) = prometheus.ask("/api/v1/rules")["groups"]
+        rules: list[dict[str, Any]] = group["rules"]
+        return [] if any(rule["health"] == "unknown" for rule in rules) else rules
+
+    until(evaluated, timeout=60)
+    rules = evaluated()
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert len(rules) == RULES.read_text().count("- alert:")
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
 
 
 def test_alert_rules_fire_when_they_should() -> None:

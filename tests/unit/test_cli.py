@@ -60,12 +60,9 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_help_starts_fast_and_names_every_command_and_exit_status() -> None:
-    """The help is there in half a second of CPU time or so: it imports neither torch nor pika."""
-    begun = time.monotonic()
+def test_help_names_every_command_and_exit_status() -> None:
     done = reeld("--help")
     assert done.returncode == 0
-    assert time.monotonic() - begun < 5  # a machine under load; the test below is the sharp one
     for word in (
         "run",
         "submit",

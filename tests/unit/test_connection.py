@@ -123,7 +123,7 @@ def test_a_parameter_of_the_url_that_means_nothing_is_a_fault_of_the_configurati
 
 
 def test_silence_is_noticed_soon_after_the_heartbeat() -> None:
-    """Silence that begins at any time is noticed within heartbeat + 5 s; pika's own check may take twice as long."""
+    """Silence that begins at any time is noticed soon; pika's own check takes 20 s here."""
     closed = threading.Event()
 
     def talk(client: socket.socket) -> None:
@@ -142,5 +142,5 @@ def test_silence_is_noticed_soon_after_the_heartbeat() -> None:
         begun = time.monotonic()
         with pytest.raises(pika.exceptions.AMQPHeartbeatTimeout):
             connection.process_data_events(time_limit=60)
-        assert time.monotonic() - begun < 1 + 5 + 5
+        assert time.monotonic() - begun < 16
         closed.set()

@@ -1,7 +1,7 @@
 """Which splits are possible, which one is chosen, and what a wrong one is told."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.split import (
@@ -33,6 +33,7 @@ def chosen(shape: DitShape, world_size: int, *, guided: bool = True, **pins: int
     return degrees.cfg_degree, degrees.ulysses_degree, degrees.ring_degree
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.booleans())
 def test_every_world_has_a_split_and_every_split_is_whole(world_size: int, num_heads: int, guided: bool) -> None:
     """A ring takes any number of ranks, so no world is refused; each split that is offered passes the check."""
