@@ -33,8 +33,8 @@ from daemon.sections import BrokerConfig
 from daemon.stall import StallLimits
 from daemon.storage import Storage
 from daemon.topology import prepare_topology, topology_of
-from parallel.plan import GenerationPlan
 from tests.harness import job, publish, take, until
+from tests.plans import PLAN
 
 
 class Edge:
@@ -146,18 +146,13 @@ def test_a_lost_topology_does_not_cut_off_a_job_that_is_being_finished(
 ) -> None:
     """Before the process ends, a job whose frames are there has the outcome grace for video, manifest and event."""
     frames = _SlowFrames()
-    plan = GenerationPlan(
-        job_id="mine", attempt=1, task="text_to_video", model="tiny-t2v", prompt="", negative_prompt="", seed=0,
-        height=64, width=96, num_frames=9, num_inference_steps=1, cfg_scale=1.0, sigma_shift=5.0, switch_boundary=0.875,
-        input_image=None, time_limit_seconds=60.0,
-    )  # fmt: skip
 
     def run(self: Coordinator, job: Job, delivery: Delivery) -> bool:
         generated = Generated(
             job=job,
             delivery=delivery,
-            draft=Draft(plan, fps=8, input_uris={}, switches_experts=False),
-            plan=plan,
+            draft=Draft(PLAN, fps=8, input_uris={}, switches_experts=False),
+            plan=PLAN,
             frames=frames,
             timings={},
             accepted_at=time.monotonic(),

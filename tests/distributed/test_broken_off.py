@@ -1,5 +1,6 @@
 """After a generation that was broken off, a rank's models are where they were before it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from PIL import Image
 from parallel.engine import clean_up, generate_frames
 from parallel.model import load_model
 from parallel.outcome import Stop, StoppedError
-from parallel.plan import GenerationPlan
 from parallel.profile import check_model_folder, load_profile
 from parallel.strategy import MemorySettings
 from parallel.vram import ManagedModels
 from parallel.world import Launch, join
+from tests.plans import PLAN
 
 
 @pytest.mark.parametrize("fault", ["cancelled", "out of memory"])
@@ -22,25 +23,9 @@ def test_managed_weights_leave_the_device(fault: str, models: Path, tmp_path: Pa
     world = join(Launch(rank=0, local_rank=0, world_size=1, restart_count=0), device_kind="cpu")
     files = check_model_folder(load_profile("tiny-i2v"), models / "tiny-i2v")
     model = load_model(files, world=world, dtype="float32", memory=MemorySettings("vram_limit"))
-    Image.new("RGB", (96, 64), "teal").save(tmp_path / "image.png")
-    plan = GenerationPlan(
-        job_id="job",
-        attempt=1,
-        task="image_to_video",
-        model="tiny-i2v",
-        prompt="a fox",
-        negative_prompt="",
-        seed=1,
-        height=64,
-        width=96,
-        num_frames=5,
-        num_inference_steps=2,
-        cfg_scale=5.0,
-        sigma_shift=5.0,
-        switch_boundary=0.9,
-        input_image=str(tmp_path / "image.png"),
-        time_limit_seconds=60.0,
-    )
+    image = str(tmp_path / "image.png")
+    Image.new("RGB", (96, 64), "teal").save(image)
+    plan = replace(PLAN, task="image_to_video", model="tiny-i2v", num_frames=5, input_image=image)
     loader = model.pipeline.load_models_to_device.__self__
     assert isinstance(loader, ManagedModels)
 

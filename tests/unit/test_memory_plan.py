@@ -12,30 +12,13 @@ import pytest
 from daemon.admission import check_fits, predict_plan
 from daemon.config import Config
 from daemon.errors import PermanentJobError
-from parallel.plan import GenerationPlan
 from parallel.profile import check_model_folder, load_profile
 from parallel.sizes import ModelSizes, read_sizes
 from parallel.strategy import MemorySettings
+from tests.plans import PLAN as SMALL
 from tests.unit.layouts import write_sparse_folder
 
-PLAN = GenerationPlan(
-    job_id="a",
-    attempt=1,
-    task="text_to_video",
-    model="14b",
-    prompt="",
-    negative_prompt="",
-    seed=1,
-    height=720,
-    width=1280,
-    num_frames=81,
-    num_inference_steps=50,
-    cfg_scale=5.0,
-    sigma_shift=5.0,
-    switch_boundary=0.875,
-    input_image=None,
-    time_limit_seconds=60,
-)
+PLAN = replace(SMALL, model="14b", height=720, width=1280, num_frames=81, num_inference_steps=50)
 
 
 @pytest.fixture(scope="module")
