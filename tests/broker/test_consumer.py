@@ -12,6 +12,7 @@ import pytest
 from daemon import client
 from daemon.consumer import Consumer
 from daemon.delivery import Delivery
+from daemon.errors import ConfigError
 from daemon.presence import Presence
 from daemon.sections import BrokerConfig
 from daemon.topology import Topology
@@ -153,3 +154,27 @@ def test_what_fails_on_a_control_message_ends_nothing(vhost: str) -> None:
         assert consumer.fatal is None
     finally:
         consumer.stop()
+
+
+def test_an_outage_is_no_time_in_which_a_topology_could_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that was away for long and comes back without its queues gets the whole patience from then on."""
+    clock = 10.0
+    monkeypatch.setattr("daemon.consumer.time.monotonic", lambda: clock)
+    consumer = Consumer(
+        BrokerConfig(),
+        TOPOLOGY,
+        worker_id="w",
+        prepare=lambda _connection: None,
+        on_control=lambda _key: None,
+        patience_seconds=60,
+        served_before=True,
+    )
+    error = ConfigError("the queue is missing")
+    for clock in (10.0, 69.0):  # noqa: B007  read by the lambda
+        consumer._on_topology_error(error)
+    consumer._on_retry("connection refused", 1.0)
+    for clock in (1000.0, 1059.0):  # noqa: B007
+        consumer._on_topology_error(error)
+    clock = 1061.0
+    with pytest.raises(ConfigError):
+        consumer._on_topology_error(error)
