@@ -58,7 +58,7 @@ def parse_event(routing_key: str, body: bytes) -> ReceivedEvent:
     text = body.decode("utf-8", errors="replace")
     try:
         envelope = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         envelope = None
     if not isinstance(envelope, dict):
         envelope = {}

@@ -16,7 +16,6 @@ ATTEMPT_HEADER = "x-reeld-attempt"
 EXPIRES_HEADER = "x-reeld-expires-at"
 LOST_HEADER = "x-reeld-lost"
 
-
 _MOST = 1_000_000  # of attempts and losses, which a publisher may have made up
 _LAST_SECOND = 253_402_300_799  # of the year 9999: what is later is no time in seconds
 

@@ -5,18 +5,17 @@ Boxes made from one image have one name, and two workers on a box have its name 
 (`daemon.consumer`) and what else they say (`daemon.rank`).
 """
 
-import json
 import math
 import os
 import socket
 import threading
 import time
 import uuid
-from typing import Any
 
 import structlog
 
-from daemon.events import now
+from daemon.client import parse_event
+from daemon.events import heartbeat_key, now
 
 log = structlog.get_logger("process")
 
@@ -39,34 +38,21 @@ class Presence:
 
         What was sent before this process began is of the one that it replaced. Never raises.
         """
-        said = _read(body)
-        if said is None or said["instance"] == self.identity["instance"] or said["sent_at"] < self._begun:
+        event = parse_event(heartbeat_key(self._worker_id), body)
+        other = event.data.get("instance")  # a worker of a version before did not say
+        # Both times are in UTC and of one length, so that they sort.
+        if not isinstance(other, str) or other == self.identity["instance"] or event.time < self._begun:
             return
         at = time.monotonic()
         with self._lock:
-            if at - self._told.get(said["instance"], -math.inf) < _REPEAT_SECONDS:
+            if at - self._told.get(other, -math.inf) < _REPEAT_SECONDS:
                 return
-            self._told = {other: told for other, told in self._told.items() if at - told < _REPEAT_SECONDS}
-            self._told[said["instance"]] = at
+            self._told = {each: told for each, told in self._told.items() if at - told < _REPEAT_SECONDS}
+            self._told[other] = at
         log.warning(
             "worker_id_shared",
             worker_id=self._worker_id,
-            other_host=said["host"],
-            other_pid=said["pid"],
+            other_host=event.data.get("host"),
+            other_pid=event.data.get("pid"),
             consequence="`reeld top` shows both as one, and `reeld drain` stops both: set worker_id in one of them",
         )
-
-
-def _read(body: bytes) -> dict[str, Any] | None:
-    """Of a heartbeat, who says it and when; None for what is none, or is of a version that did not say."""
-    try:
-        event = json.loads(body)
-        data = event["data"]
-        return {
-            "instance": str(data["instance"]),
-            "host": data["host"],
-            "pid": data["pid"],
-            "sent_at": str(event["time"]),  # in UTC and of one length, so that it sorts
-        }
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None

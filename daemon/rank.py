@@ -110,6 +110,7 @@ def _served_mark() -> Path | None:
     return Path(runtime) / _SERVED_MARK if runtime else None
 
 
+@_passing_if_served()
 def _load(
     config: Config,
     world: World,
@@ -147,11 +148,9 @@ def _load(
                 progress=progress,
             )
         except ModelFolderError as error:
-            with _passing_if_served():
-                raise ConfigError(str(error)) from error
+            raise ConfigError(str(error)) from error
         except (ValueError, ReadError) as error:
-            with _passing_if_served():
-                raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
+            raise ConfigError(f"{each.folder}: {error}".splitlines()[0]) from error
         on_loaded(name, time.monotonic() - begun)
         log.info("model_loaded", model=name, memory=config.memory, seconds=round(time.monotonic() - begun, 3))
     return models

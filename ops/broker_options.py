@@ -6,15 +6,17 @@ Leaves out the commands, which take a `BrokerChoice` instead of options (`ops.cl
 
 import inspect
 from collections.abc import Callable, Collection
-from functools import wraps
+from dataclasses import dataclass
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
 from ops.options import PrefixOption
 
 if TYPE_CHECKING:
+    from daemon.config import Config
     from daemon.sections import BrokerConfig
 
 DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
@@ -22,7 +24,8 @@ DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
 _P = ParamSpec("_P")
 
 
-class BrokerChoice(NamedTuple):
+@dataclass(frozen=True)
+class BrokerChoice:
     """What a command was told: by options or their variables, and maybe by a configuration."""
 
     options: dict[str, Any]
@@ -36,16 +39,15 @@ class BrokerChoice(NamedTuple):
         """Where the broker is. Raises UsageError, and ConfigError for the configuration or the file with the URL."""
         import pydantic
 
-        from daemon.config import load_config
         from daemon.sections import BrokerConfig
         from ops.failure import UsageError
 
         if {"url", "url_file"} <= set(self.typed):
             raise UsageError("give --url or --url-file, not both")
-        if self.config is None:
+        if self._configured is None:
             said = dict(self.options)
         else:
-            said = {**dict(load_config(self.config).broker), **{name: self.options[name] for name in self.typed}}
+            said = {**dict(self._configured.broker), **{name: self.options[name] for name in self.typed}}
         if "url" in self.typed:
             said["url_file"] = None
         try:
@@ -58,14 +60,19 @@ class BrokerChoice(NamedTuple):
 
     def pool(self) -> str:
         """The name of the pool. Raises UsageError when nothing says it, and ConfigError."""
-        from daemon.config import load_config
         from ops.failure import UsageError
 
         if self.pool_option is not None:
             return self.pool_option
-        if self.config is None:
+        if self._configured is None:
             raise UsageError("give the worker's pool with --pool, REELD_POOL or --config")
-        return load_config(self.config).pool_name
+        return self._configured.pool_name
+
+    @cached_property
+    def _configured(self) -> "Config | None":
+        from daemon.config import load_config
+
+        return None if self.config is None else load_config(self.config)
 
     @property
     def is_default(self) -> bool:

@@ -20,7 +20,7 @@ from ops.private_broker import PrivateBroker
 from tests.brokers import enter_root
 
 # A killed node loses a quorum queue that was declared within about the last second (seen on 3.10, 4.0 and 4.3).
-_DECLARED_SECONDS = 3  # a disk under load
+DECLARED_SECONDS = 3  # a disk under load
 
 
 def api(broker: PrivateBroker, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -65,7 +65,7 @@ class Node(PrivateBroker):
 
     def settle_declared(self) -> None:
         """Waits until queues declared just now outlive a kill; no event says so."""
-        time.sleep(_DECLARED_SECONDS)
+        time.sleep(DECLARED_SECONDS)
 
     def set_consumer_timeout(self, *, seconds: float) -> None:
         """`consumer_timeout` of the channels that are opened from here on."""

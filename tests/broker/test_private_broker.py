@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from ops.private_broker import PrivateBroker, PrivateBrokerError, RabbitMQMissing
+from tests.node import DECLARED_SECONDS
 
 DURABLE = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
 
@@ -54,7 +55,7 @@ def test_a_killed_broker_comes_back_with_its_confirmed_messages(tmp_path: Path) 
             channel = connection.channel()
             channel.confirm_delivery()
             channel.queue_declare("kept", durable=True, arguments={"x-queue-type": "quorum"})
-            time.sleep(4)  # a kill within about a second of the declare loses the queue itself
+            time.sleep(DECLARED_SECONDS)
             channel.basic_publish("", "kept", b"still here", DURABLE, mandatory=True)
             broker.kill()
             with pytest.raises(pika.exceptions.AMQPConnectionError):

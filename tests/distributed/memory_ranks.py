@@ -23,6 +23,7 @@ from parallel.split import ParallelDegrees, PinnedDegrees
 from parallel.strategy import MemorySettings
 from parallel.world import World, join, read_launch
 from tests.distributed.live import LiveStorages
+from tests.plans import PLAN
 
 
 def measure(case: dict[str, Any], world: World) -> dict[str, Any]:
@@ -30,21 +31,14 @@ def measure(case: dict[str, Any], world: World) -> dict[str, Any]:
     memory = MemorySettings(case["strategy"])
     files = check_model_folder(load_profile(folder.name), folder)
     model = load_model(files, world=world, dtype=case["dtype"], memory=memory)
-    plan = GenerationPlan(
-        job_id="memory",
-        attempt=1,
+    plan = replace(
+        PLAN,
         task=case["task"],
         model=folder.name,
-        switch_boundary=0.875,
         input_image=case.get("image"),
-        time_limit_seconds=600,
         tiled=case["tiled"],
-        prompt="a red fox runs through snow",
         negative_prompt="blurry",
-        seed=1,
         num_inference_steps=1,
-        cfg_scale=5.0,
-        sigma_shift=5.0,
         **case["shape"],
     )
     degrees = model.degrees_for(plan, world, PinnedDegrees(**case["pinned"]))

@@ -108,6 +108,7 @@ def test_foreign_and_broken_events_do_no_harm() -> None:
     fleet = Fleet()
     for event in (
         parse_event("worker.box.heartbeat", b"\xff"),
+        parse_event("worker.box.heartbeat", b"[" * 100_000),
         parse_event("job.a.progress", b"[]"),
         a_worker("heartbeat", ranks="none", heartbeat_seconds="often", state=3),
         a_worker("heartbeat", "old", ranks=[3, {"rank": 0}], pool=None),

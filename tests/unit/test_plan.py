@@ -7,29 +7,19 @@ import pytest
 
 from parallel.plan import (
     Generate,
-    GenerationPlan,
     Outcome,
     Shutdown,
     decode_command,
     encode_command,
 )
+from tests.plans import PLAN as SMALL
 
-PLAN = GenerationPlan(
-    job_id="job-1",
+PLAN = replace(
+    SMALL,
     attempt=2,
-    task="text_to_video",
-    model="tiny-t2v",
     prompt="ein Fuchs 🦊\n\0",
-    negative_prompt="",
     seed=2**63 - 1,
-    height=64,
-    width=96,
-    num_frames=9,
-    num_inference_steps=4,
     cfg_scale=0.1,
-    sigma_shift=5.0,
-    switch_boundary=0.875,
-    input_image=None,
     time_limit_seconds=1700.0,
 )
 
