@@ -3,9 +3,11 @@
 Owns cutting the files into blocks, reading them ahead on threads of their own, and spreading them: of the blocks that
 every rank needs, each rank reads its part and broadcasts it; what a rank needs alone it reads alone. The bytes travel
 as they are stored and are converted on the device, straight into memory that is already the model's, so that loading
-needs the model and a few blocks. Leaves out which tensors go where (`model.py`).
+needs the model and a few blocks. What a rank reads for itself and keeps on the host as it is stored is read to where it
+stays. Leaves out which tensors go where (`model.py`).
 """
 
+import itertools
 import os
 import time
 from collections import deque
@@ -24,6 +26,7 @@ from parallel.world import World
 BLOCK_BYTES = 32 * 1024 * 1024
 READ_THREADS = 4
 READ_AHEAD = 6
+IOV_MAX = os.sysconf("SC_IOV_MAX")
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -68,6 +71,10 @@ class _Block:
     end: int
     tensors: tuple[Wanted, ...] = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
 
 def load_tensors(wanted: Sequence[Wanted], world: World, *, progress: Progress = lambda _done, _total: None) -> None:
     """Called by every rank, with the same shared tensors in the same order on all. Fills every destination.
@@ -76,23 +83,23 @@ def load_tensors(wanted: Sequence[Wanted], world: World, *, progress: Progress =
     """
     shared = list(_blocks([each for each in wanted if each.shared]))
     alone = list(_blocks([each for each in wanted if not each.shared]))
-    total = sum(block.end - block.begin for block in (*shared, *alone))
+    total = sum(block.size for block in (*shared, *alone))
     own = [block for number, block in enumerate(shared) if number % world.world_size == world.rank]
     done = 0
-    with _Reader([*own, *alone], world.device) as reader:
+    with _Reader([*own, *alone], world) as reader:
         # One block is in use while the next one travels.
         buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=world.device) for _ in range(2)]
         for number, block in enumerate([*shared, *alone]):
-            size = block.end - block.begin
             is_shared = number < len(shared) and world.world_size > 1
             owner = number % world.world_size if is_shared else world.rank
-            bytes_ = reader.take(buffers[number % 2]) if owner == world.rank else buffers[number % 2][:size]
-            if is_shared:
-                collectives.broadcast(bytes_, source=owner)
-            _scatter(block, bytes_)
+            bytes_ = reader.take(buffers[number % 2]) if owner == world.rank else buffers[number % 2][: block.size]
+            if bytes_ is not None:  # not yet where they stay
+                if is_shared:
+                    collectives.broadcast(bytes_, source=owner)
+                _scatter(block, bytes_)
             if owner == world.rank:
                 reader.go_on()
-            done += size
+            done += block.size
             progress(done, total)
 
 
@@ -146,16 +153,37 @@ def _scatter(block: _Block, bytes_: torch.Tensor) -> None:
                 )
 
 
-class _Reader:
-    """Reads blocks ahead, in their order, a few at a time, into host memory that is used again."""
+def _in_place(block: _Block) -> list[memoryview] | None:
+    """Where the block's bytes stay on the host, in their order; None where they must be converted, split or moved."""
+    found: list[memoryview] = []
+    for each in block.tensors:
+        destinations = each.destinations()
+        if len(destinations) != 1:
+            return None
+        flat, dtype = destinations[0].flat, DTYPES[each.stored.dtype]
+        size = each.stored.end - each.stored.begin
+        if flat.device.type != "cpu" or flat.dtype != dtype or flat.nbytes != size:
+            return None
+        begin, end = max(block.begin, each.stored.begin), min(block.end, each.stored.end)
+        found.append(_bytes_of(flat)[begin - each.stored.begin : end - each.stored.begin])
+    return found
 
-    def __init__(self, blocks: Sequence[_Block], device: torch.device) -> None:
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy().data)
+
+
+class _Reader:
+    """Reads this rank's blocks ahead, in their order, a few at a time, into host memory that is used again."""
+
+    def __init__(self, blocks: Sequence[_Block], world: World) -> None:
         self._blocks = iter(blocks)
-        self._pinned = device.type == "cuda"
+        self._pinned = world.device.type == "cuda"
+        self._has_peers = world.world_size > 1
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._files: dict[Path, int] = {}
-        self._reads: deque[Future[tuple[torch.Tensor, int]]] = deque()
-        self._taken = torch.empty(0)
+        self._reads: deque[tuple[_Block, Future[bool]]] = deque()
+        self._buffers: deque[torch.Tensor] = deque()
         self._copied: torch.cuda.Event | None = None
         for _ in range(min(READ_AHEAD, len(blocks))):
             self._begin(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned), None)
@@ -168,19 +196,26 @@ class _Reader:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def take(self, on_device: torch.Tensor) -> torch.Tensor:
-        """The next block on the device: copied into `on_device`, or, on a CPU, where it was read. Until `go_on`."""
-        self._taken, size = self._reads.popleft().result()
+    def take(self, on_device: torch.Tensor) -> torch.Tensor | None:
+        """The next block on the device: copied into `on_device`, or, on a CPU, where it was read. Until `go_on`.
+
+        None when its bytes are where they stay, which no block is that other ranks wait for.
+        """
+        block, read = self._reads.popleft()
+        self._copied = None
+        if read.result():
+            return None
+        bytes_ = self._buffers[0][: block.size]
         if not self._pinned:
-            return self._taken[:size]
-        on_device[:size].copy_(self._taken[:size], non_blocking=True)
+            return bytes_
+        on_device[: block.size].copy_(bytes_, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
-        return on_device[:size]
+        return on_device[: block.size]
 
     def go_on(self) -> None:
         """The block that was taken is not needed any more: its memory is for another one."""
-        self._begin(self._taken, self._copied)
+        self._begin(self._buffers.popleft(), self._copied)
 
     def _begin(self, buffer: torch.Tensor, free: torch.cuda.Event | None) -> None:
         block = next(self._blocks, None)
@@ -188,7 +223,18 @@ class _Reader:
             return
         if block.path not in self._files:
             self._files[block.path] = _open(block.path)
-        self._reads.append(self._threads.submit(_read, block, self._files[block.path], buffer, free))
+        self._buffers.append(buffer)
+        read = self._threads.submit(self._read, block, self._files[block.path], buffer, free)
+        self._reads.append((block, read))
+
+    def _read(self, block: _Block, descriptor: int, buffer: torch.Tensor, free: "torch.cuda.Event | None") -> bool:
+        """Whether it was read to where it stays."""
+        is_shared = self._has_peers and block.tensors[0].shared
+        places = None if is_shared else _in_place(block)
+        if free is not None:
+            free.synchronize()  # the copy to the device out of this buffer
+        _fill(places or [_bytes_of(buffer)[: block.size]], descriptor, block)
+        return places is not None
 
 
 def _open(path: Path) -> int:
@@ -198,23 +244,21 @@ def _open(path: Path) -> int:
         raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(
-    block: _Block, descriptor: int, buffer: torch.Tensor, free: "torch.cuda.Event | None"
-) -> tuple[torch.Tensor, int]:
-    if free is not None:
-        free.synchronize()  # the copy to the device out of this buffer
-    size = block.end - block.begin
-    view = memoryview(buffer.numpy().data)[:size]
-    position = 0
-    while position < size:
+def _fill(places: list[memoryview], descriptor: int, block: _Block) -> None:
+    position = block.begin
+    left = deque(places)
+    while left:
         try:
-            count = os.preadv(descriptor, [view[position:]], block.begin + position)
+            count = os.preadv(descriptor, [*itertools.islice(left, IOV_MAX)], position)
         except OSError as error:
             raise ReadError(f"{block.path}: cannot be read ({error.strerror})") from error
         if count == 0:
             raise ReadError(f"{block.path}: ends early; it was changed while it was read")
         position += count
-    return buffer, size
+        while left and count >= len(left[0]):
+            count -= len(left.popleft())
+        if count:
+            left[0] = left[0][count:]
 
 
 class Throttled:
