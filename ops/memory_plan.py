@@ -21,6 +21,7 @@ class Asked:
     """What to plan; None takes the profile's default. `folder` None: the layouts come from DiffSynth's own classes.
 
     `others`: folders of the models that are loaded beside it, by profile. `assumed`: choices that nobody made.
+    `lora_cache_bytes`: None where jobs have no LoRAs to ask for.
     """
 
     profile: str
@@ -36,6 +37,7 @@ class Asked:
     cfg_scale: float | None = None
     tiled: bool = False
     gpu_memory_gib: float | None = None
+    lora_cache_bytes: int | None = None
     others: dict[str, Path] = field(default_factory=dict)
     assumed: dict[str, str | int] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ def asked(
         cfg_scale=cfg_scale,
         tiled=config is not None and config.parallel.vae == "tiled",
         gpu_memory_gib=gpu_memory_gib,
+        lora_cache_bytes=config.lora_cache_bytes if config is not None and config.loras else None,
         others=others,
         assumed=assumed,
     )
@@ -112,6 +115,7 @@ def plan(asked: Asked) -> dict[str, Any]:
         memory=asked.memory,
         on_gpu=asked.device == "cuda",
         other_weights=others,
+        lora_cache_bytes=asked.lora_cache_bytes,
     )
     largest = max(rank.total for rank in ranks)
     found: dict[str, Any] = {

@@ -80,8 +80,12 @@ def predict_memory(
     memory: MemorySettings,
     on_gpu: bool,
     other_weights: int = 0,
+    lora_cache_bytes: int | None = None,
 ) -> list[RankMemory]:
-    """The prediction for every rank. `other_weights`: bytes of other models that stay on each device."""
+    """The prediction for every rank. `other_weights`: bytes of other models that stay on each device.
+
+    `lora_cache_bytes`: how many bytes of LoRAs each rank keeps; None where no job may ask for one.
+    """
     world_size = degrees.world_size
     return [
         _predict_rank(
@@ -93,6 +97,7 @@ def predict_memory(
             memory=memory,
             on_gpu=on_gpu,
             other_weights=other_weights,
+            lora_cache_bytes=lora_cache_bytes,
         )
         for rank in range(world_size)
     ]
@@ -123,6 +128,13 @@ def weight_bytes(
     return stay, wait
 
 
+def lora_bytes(model: ModelSizes, *, world_size: int, element: int, memory: MemorySettings) -> dict[str, int]:
+    """What each rank keeps on the host of the weights that LoRAs may change, once all of them were: `parallel.lora`."""
+    if memory.strategy == "vram_limit":  # where weights are not written to
+        return {}
+    return {"lora_originals": math.ceil(sum(part.matrices for part in model.parts) / world_size) * element}
+
+
 def _predict_rank(
     rank: int,
     model: ModelSizes,
@@ -133,6 +145,7 @@ def _predict_rank(
     memory: MemorySettings,
     on_gpu: bool,
     other_weights: int,
+    lora_cache_bytes: int | None,
 ) -> RankMemory:
     world_size = degrees.world_size
     stay, wait = weight_bytes(model, rank=rank, world_size=world_size, element=element, memory=memory)
@@ -156,6 +169,9 @@ def _predict_rank(
         _fill_up(stay, phases, {part.name: wait.get(part.name, 0) for part in model.parts if part.is_dit}, memory)
     if rank == 0:
         wait["frames"] = 3 * shape.num_frames * shape.height * shape.width
+    if lora_cache_bytes is not None:
+        wait |= lora_bytes(model, world_size=world_size, element=element, memory=memory)
+        wait["lora_cache"] = lora_cache_bytes
     overhead: dict[str, int] = {}
     if on_gpu:
         overhead["cuda_context"] = _CONTEXT_BYTES

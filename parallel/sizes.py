@@ -20,12 +20,14 @@ _ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")
 class PartSizes:
     """One model of the pipeline, by DiffSynth's name.
 
-    `blocks`: the shapes of each block's tensors, of a DiT, of VACE and of the text encoder.
+    `blocks`: the shapes of each block's tensors, of a DiT, of VACE and of the text encoder. `matrices`: the elements of
+    a DiT's linear layers' weights, which a LoRA may change.
     """
 
     name: str
     elements: int
     blocks: tuple[tuple[Shape, ...], ...] = ()
+    matrices: int = 0
 
     @property
     def is_encoder(self) -> bool:
@@ -131,7 +133,8 @@ def sizes_of(profile: ModelProfile, layouts: Mapping[str, Layout]) -> ModelSizes
 def _dit_parts(name: str, layout: Layout) -> list[PartSizes]:
     vace = {tensor: shape for tensor, shape in layout.items() if tensor.startswith("vace")}
     plain = {tensor: shape for tensor, shape in layout.items() if tensor not in vace}
-    found = [PartSizes(name, sum(map(math.prod, plain.values())), _blocks(plain))]
+    matrices = sum(math.prod(shape) for shape in plain.values() if len(shape) == 2)
+    found = [PartSizes(name, sum(map(math.prod, plain.values())), _blocks(plain), matrices)]
     if vace:
         found.append(PartSizes(name.replace("dit", "vace"), sum(map(math.prod, vace.values())), _blocks(vace)))
     return found

@@ -1,6 +1,7 @@
 """The cases of `reference_lora.py` through reeld's ranks, one model for all: ours_lora CASES.json OUTPUT.
 
-Also writes OUTPUT.json: a hash of all the weights of every rank, before the cases, within each, and after all.
+Also writes OUTPUT.json: a hash of all the weights of every rank, before the cases, within each, and after all; and
+OUTPUT.kept.json: what each rank has kept of the original weights, over what was predicted.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ from safetensors.torch import save_file
 
 from parallel import lora as lora_module
 from parallel.engine import generate_frames
+from parallel.memory import lora_bytes
 from parallel.model import LoadedModel, load_model
 from parallel.outcome import Stop, outcome_of
 from parallel.plan import Generate, GenerationPlan, LoraPlan
 from parallel.profile import check_model_folder, load_profile
 from parallel.split import PinnedDegrees
+from parallel.strategy import MemorySettings
 from parallel.world import World, join, read_launch
 
 
@@ -36,6 +39,29 @@ def hash_weights(model: LoadedModel, world: World) -> list[str]:
         found = [""] * world.world_size
         dist.all_gather_object(found, digest.hexdigest())
     return found
+
+
+def put_into_every_layer(model: LoadedModel, world: World, path: Path) -> tuple[list[str], list[float]]:
+    """A LoRA of every linear layer there is, in and out again. Returns the hashes afterwards, and for each rank what
+    it has kept of the originals over what was predicted."""
+    if world.rank == 0:
+        layers = next(iter(model.loras.shapes.values()))
+        tensors: dict[str, torch.Tensor] = {}
+        for layer, (rows, columns) in layers.items():
+            tensors |= {f"{layer}.lora_down.weight": torch.ones(1, columns)}
+            tensors |= {f"{layer}.lora_up.weight": torch.ones(rows, 1)}
+        save_file(tensors, path)
+    before = hash_weights(model, world)
+    model.loras.set([LoraPlan(name="every", path=str(path), strength=0.1, target="both", version="1")])
+    assert hash_weights(model, world) != before
+    model.loras.set(())
+    element = model.pipeline.torch_dtype.itemsize
+    predicted = lora_bytes(model.sizes, world_size=world.world_size, element=element, memory=MemorySettings())
+    kept = sum(original.nbytes for original in model.loras._originals.values())
+    shares = [kept / predicted["lora_originals"]] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(shares, shares[0])
+    return hash_weights(model, world), shares
 
 
 def plan_of(case: dict[str, Any], arguments: dict[str, Any]) -> GenerationPlan:
@@ -103,7 +129,7 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     world = join(read_launch(), device_kind="cpu")
     files = check_model_folder(load_profile(cases["profile"]), Path(cases["folder"]))
-    frames, hashes = {}, {}
+    frames, hashes, kept = {}, {}, {}
     for dtype in ("float32", "bfloat16"):
         model = load_model(files, world=world, dtype=dtype)
         hashes[f"{dtype} before"] = hash_weights(model, world)
@@ -125,7 +151,9 @@ def main() -> None:
         hashes[f"{dtype} after"] = hash_weights(model, world)
         hashes[f"{dtype} failed"] = fail_on_the_last_rank(model, world, plan_of(cases["cases"][1], cases["arguments"]))
         hashes[f"{dtype} unread"] = fail_to_read(model, world, plan_of(cases["cases"][1], cases["arguments"]))
+        hashes[f"{dtype} every"], kept[dtype] = put_into_every_layer(model, world, Path(f"{sys.argv[2]}.{dtype}"))
     if world.rank == 0:
+        Path(sys.argv[2] + ".kept.json").write_text(json.dumps(kept))
         save_file(frames, sys.argv[2])
         Path(sys.argv[2] + ".json").write_text(json.dumps(hashes))
     world.leave()

@@ -71,8 +71,8 @@ def reference(cases: Path) -> dict[str, Any]:
 def test_loras_as_diffsynth_fuses_them_and_out_again(ranks: int, cases: Path, reference: dict[str, Any]) -> None:
     """Frames with LoRAs equal DiffSynth's to 1e-5 in float32; afterwards every weight has its own bits again.
 
-    Holds for several LoRAs, for one expert, without guidance, in float32 and bfloat16, and after a rank ran out of
-    memory while it put or read them in.
+    Holds for several LoRAs, for one expert, without guidance, in float32 and bfloat16, after a rank ran out of
+    memory while it put or read them in, and for one of every layer; a rank then keeps as much as was predicted.
     """
     output = cases.parent / f"ours-{ranks}.safetensors"
     run_module("ours_lora", cases, output, ranks=ranks)
@@ -87,6 +87,8 @@ def test_loras_as_diffsynth_fuses_them_and_out_again(ranks: int, cases: Path, re
         assert len(set(each)) == 1, f"{name}: the ranks differ"
     for dtype in ("float32", "bfloat16"):
         original = hashes[f"{dtype} before"]
-        for name in ("none", "none-again", "after", "failed", "unread"):
+        for name in ("none", "none-again", "after", "failed", "unread", "every"):
             assert hashes[f"{dtype} {name}"] == original, f"{dtype} {name}"
         assert len({hashes[f"{dtype} {name}"][0] for name in ("none", "one", "two", "high", "low")}) == 5
+    for dtype, shares in json.loads(Path(f"{output}.kept.json").read_text()).items():
+        assert shares == [pytest.approx(1, rel=1e-3)] * ranks, dtype  # parts are padded to equal lengths

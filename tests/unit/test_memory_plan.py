@@ -97,6 +97,21 @@ def test_a_configuration_is_planned_as_the_daemon_would_run_it(folder: Path, tmp
     assert "no verdict: give --gpu-memory" in plan()[1]
 
 
+def test_loras_take_host_memory_where_they_may_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    """Every rank keeps its part of the weights that they may change, and of LoRAs what `lora_cache_bytes` says."""
+    config = tmp_path / "reeld.toml"
+    config.write_text(
+        f'lora_cache_bytes = 1000000\n[[models]]\nprofile = "wan2.1-t2v-14b"\npath = "{folder}"\n'
+        f'[[loras]]\nname = "styles"\npath = "{tmp_path}"\n'
+    )
+    _, without = reeld_plan(folder, "--ranks", "2")
+    _, with_loras = reeld_plan(folder, "--ranks", "2", "--config", str(config))
+    for before, after in zip(without["ranks"], with_loras["ranks"], strict=True):
+        added = {name: after["host"][name] for name in after["host"].keys() - before["host"].keys()}
+        assert added == {"lora_cache": 1000000, "lora_originals": pytest.approx(28.5e9 / 2, rel=0.01)}
+        assert after["total"] == before["total"]
+
+
 def test_a_strategy_that_cannot_work_is_a_usage_error(folder: Path) -> None:
     """DiffSynth's VRAM management is for one rank; a strategy nobody knows is named with those that there are."""
     status, told = reeld_plan(folder, "--ranks", "2", "--memory", "vram_limit")
