@@ -75,6 +75,10 @@ class _Block:
     def size(self) -> int:
         return self.end - self.begin
 
+    def part_of(self, stored: StoredTensor) -> tuple[int, int]:
+        """Where what it holds of one of its tensors begins and ends in the file."""
+        return max(self.begin, stored.begin), min(self.end, stored.end)
+
 
 def load_tensors(wanted: Sequence[Wanted], world: World, *, progress: Progress = lambda _done, _total: None) -> None:
     """Called by every rank, with the same shared tensors in the same order on all. Fills every destination.
@@ -82,19 +86,19 @@ def load_tensors(wanted: Sequence[Wanted], world: World, *, progress: Progress =
     Raises ReadError on the rank whose read failed; the others then wait until the group is ended.
     """
     shared = list(_blocks([each for each in wanted if each.shared]))
-    alone = list(_blocks([each for each in wanted if not each.shared]))
-    total = sum(block.size for block in (*shared, *alone))
-    own = [block for number, block in enumerate(shared) if number % world.world_size == world.rank]
+    blocks = [*shared, *_blocks([each for each in wanted if not each.shared])]
+    num_sent = len(shared) if world.world_size > 1 else 0
+    total = sum(block.size for block in blocks)
     done = 0
-    with _Reader([*own, *alone], world) as reader:
+    sent, kept = blocks[:num_sent], blocks[num_sent:]
+    with _Reader(sent[world.rank :: world.world_size], kept, world.device) as reader:
         # One block is in use while the next one travels.
         buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=world.device) for _ in range(2)]
-        for number, block in enumerate([*shared, *alone]):
-            is_shared = number < len(shared) and world.world_size > 1
-            owner = number % world.world_size if is_shared else world.rank
+        for number, block in enumerate(blocks):
+            owner = number % world.world_size if number < num_sent else world.rank
             bytes_ = reader.take(buffers[number % 2]) if owner == world.rank else buffers[number % 2][: block.size]
             if bytes_ is not None:  # not yet where they stay
-                if is_shared:
+                if number < num_sent:
                     collectives.broadcast(bytes_, source=owner)
                 _scatter(block, bytes_)
             if owner == world.rank:
@@ -138,7 +142,7 @@ def _cut(path: Path, run: list[Wanted]) -> Iterator[_Block]:
 def _scatter(block: _Block, bytes_: torch.Tensor) -> None:
     for each in block.tensors:
         dtype = DTYPES[each.stored.dtype]
-        begin, end = max(block.begin, each.stored.begin), min(block.end, each.stored.end)
+        begin, end = block.part_of(each.stored)
         first = (begin - each.stored.begin) // dtype.itemsize
         piece = bytes_[begin - block.begin : end - block.begin]
         if piece.storage_offset() % dtype.itemsize:
@@ -164,7 +168,7 @@ def _in_place(block: _Block) -> list[memoryview] | None:
         size = each.stored.end - each.stored.begin
         if flat.device.type != "cpu" or flat.dtype != dtype or flat.nbytes != size:
             return None
-        begin, end = max(block.begin, each.stored.begin), min(block.end, each.stored.end)
+        begin, end = block.part_of(each.stored)
         found.append(_bytes_of(flat)[begin - each.stored.begin : end - each.stored.begin])
     return found
 
@@ -176,16 +180,15 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 class _Reader:
     """Reads this rank's blocks ahead, in their order, a few at a time, into host memory that is used again."""
 
-    def __init__(self, blocks: Sequence[_Block], world: World) -> None:
-        self._blocks = iter(blocks)
-        self._pinned = world.device.type == "cuda"
-        self._has_peers = world.world_size > 1
+    def __init__(self, sent: Sequence[_Block], kept: Sequence[_Block], device: torch.device) -> None:
+        """`sent`: those that other ranks wait for; then come `kept`, which may be read to where they stay."""
+        self._blocks = iter([*((block, False) for block in sent), *((block, True) for block in kept)])
+        self._pinned = device.type == "cuda"
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._files: dict[Path, int] = {}
-        self._reads: deque[tuple[_Block, Future[bool]]] = deque()
-        self._buffers: deque[torch.Tensor] = deque()
+        self._reads: deque[tuple[_Block, torch.Tensor, Future[bool]]] = deque()
         self._copied: torch.cuda.Event | None = None
-        for _ in range(min(READ_AHEAD, len(blocks))):
+        for _ in range(min(READ_AHEAD, len(sent) + len(kept))):
             self._begin(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned), None)
 
     def __enter__(self) -> "_Reader":
@@ -199,13 +202,13 @@ class _Reader:
     def take(self, on_device: torch.Tensor) -> torch.Tensor | None:
         """The next block on the device: copied into `on_device`, or, on a CPU, where it was read. Until `go_on`.
 
-        None when its bytes are where they stay, which no block is that other ranks wait for.
+        None when its bytes are where they stay.
         """
-        block, read = self._reads.popleft()
+        block, buffer, read = self._reads[0]
         self._copied = None
         if read.result():
             return None
-        bytes_ = self._buffers[0][: block.size]
+        bytes_ = buffer[: block.size]
         if not self._pinned:
             return bytes_
         on_device[: block.size].copy_(bytes_, non_blocking=True)
@@ -215,26 +218,17 @@ class _Reader:
 
     def go_on(self) -> None:
         """The block that was taken is not needed any more: its memory is for another one."""
-        self._begin(self._buffers.popleft(), self._copied)
+        _, buffer, _ = self._reads.popleft()
+        self._begin(buffer, self._copied)
 
     def _begin(self, buffer: torch.Tensor, free: torch.cuda.Event | None) -> None:
-        block = next(self._blocks, None)
+        block, is_kept = next(self._blocks, (None, False))
         if block is None:
             return
         if block.path not in self._files:
             self._files[block.path] = _open(block.path)
-        self._buffers.append(buffer)
-        read = self._threads.submit(self._read, block, self._files[block.path], buffer, free)
-        self._reads.append((block, read))
-
-    def _read(self, block: _Block, descriptor: int, buffer: torch.Tensor, free: "torch.cuda.Event | None") -> bool:
-        """Whether it was read to where it stays."""
-        is_shared = self._has_peers and block.tensors[0].shared
-        places = None if is_shared else _in_place(block)
-        if free is not None:
-            free.synchronize()  # the copy to the device out of this buffer
-        _fill(places or [_bytes_of(buffer)[: block.size]], descriptor, block)
-        return places is not None
+        read = self._threads.submit(_read, block, is_kept, self._files[block.path], buffer, free)
+        self._reads.append((block, buffer, read))
 
 
 def _open(path: Path) -> int:
@@ -242,6 +236,15 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read(block: _Block, is_kept: bool, descriptor: int, buffer: torch.Tensor, free: "torch.cuda.Event | None") -> bool:
+    """Whether it was read to where it stays, not into the buffer."""
+    places = _in_place(block) if is_kept else None
+    if free is not None:
+        free.synchronize()  # the copy to the device out of this buffer
+    _fill(places or [_bytes_of(buffer)[: block.size]], descriptor, block)
+    return places is not None
 
 
 def _fill(places: list[memoryview], descriptor: int, block: _Block) -> None:

@@ -8,12 +8,14 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pika
+from prometheus_client.parser import text_string_to_metric_families
 
 from daemon import client
 from daemon.sections import BrokerConfig
@@ -55,6 +57,15 @@ class Service:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def metrics(self, **labels: str) -> dict[str, float]:
+        """The samples of its endpoint now, by name, each summed over the series that have these labels."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                if labels.items() <= sample.labels.items():
+                    sums[sample.name] += sample.value
+        return dict(sums)
 
     def verdict(self, path: str) -> dict[str, Any]:
         """The answer of /livez or /readyz, whose status agrees with what it says."""

@@ -73,9 +73,7 @@ def test_broker_stopped(service: Service) -> None:
     service.wait_ready()
     assert service.do(job()) == "job_succeeded"
     for connection in ("consumer", "publisher"):
-        name = f'reeld_broker_reconnects_total{{connection="{connection}"}}'
-        (line,) = (line for line in service.get("/metrics")[1].splitlines() if line.startswith(name))
-        assert float(line.split()[1]) >= 1
+        assert service.metrics(connection=connection)["reeld_broker_reconnects_total"] >= 1
 
 
 def test_queue_deleted(service: Service) -> None:
@@ -101,7 +99,7 @@ def test_a_rank_that_hangs(service: Service) -> None:
     """Rank 0 stopped by SIGSTOP: /livez still answers, says no and names it before the group is started again; then all
     is well, with the counters as they were."""
     service.wait_ready()
-    before = _counter(service, 'reeld_jobs_total{code="",outcome="succeeded"}')
+    before = service.metrics(code="", outcome="succeeded")["reeld_jobs_total"]
     old = service.rank_pid(0)
     begun = len(service.worker.lines())
     os.kill(old, signal.SIGSTOP)
@@ -113,11 +111,11 @@ def test_a_rank_that_hangs(service: Service) -> None:
     assert service.verdict("/livez")["live"]
     assert service.rank_pid(0) != old
     assert not psutil.pid_exists(old)
-    assert _counter(service, 'reeld_group_restarts_total{reason="stalled"}') == 1
-    assert _counter(service, 'reeld_jobs_total{code="",outcome="succeeded"}') == before
+    assert service.metrics(reason="stalled")["reeld_group_restarts_total"] == 1
+    assert service.metrics(code="", outcome="succeeded")["reeld_jobs_total"] == before
     assert service.do(job()) == "job_succeeded"
     service.wait_verdict(
-        "/readyz", lambda _: _counter(service, 'reeld_jobs_total{code="",outcome="succeeded"}') > before
+        "/readyz", lambda _: service.metrics(code="", outcome="succeeded")["reeld_jobs_total"] > before
     )
 
 
@@ -131,8 +129,3 @@ def test_draining(service: Service) -> None:
     service.wait_reason("/readyz", "draining")
     assert service.verdict("/livez")["live"]
     assert service.worker.process.wait(120) == 0, service.worker.tail()
-
-
-def _counter(service: Service, series: str) -> float:
-    (line,) = (line for line in service.get("/metrics")[1].splitlines() if line.startswith(series))
-    return float(line.rpartition(" ")[2])
